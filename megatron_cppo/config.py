@@ -1,0 +1,247 @@
+"""What the user says, each fact once: frozen dataclasses, two levels deep, standard library only.
+
+Nothing here is computed (that is `plan.py`), nothing imports torch, and an unknown name is an error. Units are in
+the names: `_tokens`, `_pixels`, `_seconds`; counts start with `num_` or end in `_per_...`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """A choice of the user that cannot work; the text says what, what was got, and how to mend it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Where the policy starts."""
+
+    path: str = ""
+    """Hugging Face checkpoint folder (config.json, tokenizer, image processor, safetensors)."""
+    min_pixels: int = 56 * 56
+    """Images are scaled up to at least this many pixels."""
+    max_pixels: int = 1280 * 28 * 28
+    """Images are scaled down to at most this many pixels."""
+    train_vision: bool = True
+    """Train the vision tower too (the releases do); otherwise it is frozen."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which rows become prompts. Parquet in verl's layout: data_source, prompt, images, reward_model."""
+
+    train: tuple[str, ...] = ()
+    """Parquet files to train on."""
+    evaluation: tuple[str, ...] = ()
+    """Parquet files that are never trained on."""
+    instruction: str = ""
+    """Appended to the last user message of every row (think first, then the boxed answer)."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts, image tokens included, are filtered out and counted."""
+    max_image_pixels: int = 64_000_000
+    """An image whose header says more than this is refused before it is decoded."""
+    shuffle: bool = True
+    """Draw the rows in a new seeded order each epoch."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AlgorithmConfig:
+    """The objective: L_policy + beta * KL + lambda * CPL - entropy coefficient * H (CPPO.md's equation)."""
+
+    objective: Literal["cppo", "grpo", "supervised"] = "cppo"
+    """cppo: everything; grpo: no perturbed views; supervised: log-likelihood of the rows' own responses."""
+    normalize_std: bool = True
+    """Divide group advantages by the group's standard deviation (False: Dr.GRPO)."""
+    clip_low: float = 0.2
+    """The token ratio is clipped from below at 1 - clip_low."""
+    clip_high: float = 0.2
+    """The token ratio is clipped from above at 1 + clip_high."""
+    dual_clip: float = 0.0
+    """Bound on the loss of negative advantages (3.0 in DAPO's code); 0 turns it off."""
+    aggregation: Literal["token_mean", "sample_mean", "sum_over_length"] = "token_mean"
+    """Mean over tokens (DAPO), over samples of token means (GRPO's paper), or Dr.GRPO's constant divisor."""
+    beta: float = 0.01
+    """Weight of the KL to the frozen reference; 0 means that no reference exists."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of that KL on the sampled tokens."""
+    entropy_coefficient: float = 0.0
+    """Weight of the policy's entropy bonus."""
+    reward_tolerance: float = 1e-6
+    """Groups whose rewards span no more than this get exactly zero advantage."""
+    rewards: tuple[str, ...] = ("accuracy=0.9", "format=0.1")
+    """name=weight, or package.module:function=weight."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PerceptionConfig:
+    """The perception mask, its contrastive loss, and the views behind both."""
+
+    coefficient: float = 0.01
+    """Lambda, the weight of CPL."""
+    temperature: float = 0.1
+    """Tau of the softplus."""
+    top_fraction: float = 0.5
+    """Share of the candidate tokens of a sample that the mask keeps."""
+    min_entropy_shift: float = 0.0
+    """Absolute floor, in nats, on a candidate's entropy shift; 0 is the published rule."""
+    rank_by: Literal["relative", "absolute"] = "relative"
+    """Rank candidates by shift over the removing view's entropy (published), or by the shift itself."""
+    divergence: Literal["k3", "k1", "exact"] = "k3"
+    """Between original and view: an estimate on the sampled token, or the exact KL over the vocabulary."""
+    aggregation: Literal["sample", "microbatch", "global"] = "sample"
+    """Mean per gated sample; per microbatch (parity with the releases); over all masked tokens."""
+    stop_gradient_views: bool = False
+    """Treat the perturbed views as constants."""
+    preserving: tuple[str, ...] = ("color_jitter", "perspective", "rotation")
+    """Perturbations that keep the information; one is drawn per image."""
+    removing: tuple[str, ...] = ("occlusion", "zoom_crop")
+    """Perturbations that remove it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutConfig:
+    """How answers are sampled."""
+
+    samples_per_prompt: int = 5
+    """n, the size of a group."""
+    max_response_tokens: int = 4096
+    """Longer answers are cut; they keep their tokens and their (usually zero) reward."""
+    temperature: float = 1.0
+    """Of sampling, and of every log-prob and entropy in the losses."""
+    max_sequences: int = 256
+    """Answers decoded at once by one embedded engine."""
+    max_logp_gap: float = 0.1
+    """Largest mean |log-prob of engine - log-prob of policy| at the first step before the run stops, in nats."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PolicyConfig:
+    """The layout of the trained model, and its memory."""
+
+    tensor_parallel: int = 1
+    """Ranks that share every layer (TP)."""
+    sequence_parallel: bool = False
+    """Split the activations between layers over the TP ranks (SP)."""
+    pipeline_parallel: int = 1
+    """Stages (PP)."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Of parameters and activations; optimizer state and all statistics are fp32."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in backward: attention only, or whole layers."""
+    max_tokens_per_microbatch: int = 8192
+    """Capacity of one packed row, over all segments (samples and views)."""
+    distributed_optimizer: bool = True
+    """Split the optimizer's state over the data-parallel ranks."""
+    reference: Literal["device", "host"] = "device"
+    """Where the reference's weights live while they are not used (only with beta > 0)."""
+    head_backend: Literal["torch"] = "torch"
+    """What computes token statistics from hidden rows."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """cpu runs the same Megatron-Core code on gloo."""
+    megatron_overrides: tuple[str, ...] = ()
+    """name=value for Megatron-Core's TransformerConfig; names are checked, and may not repeat a field above."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW with a warm-up."""
+
+    learning_rate: float = 1e-6
+    """Peak learning rate."""
+    min_learning_rate: float = 0.0
+    """Floor of the decay."""
+    warmup_updates: int = 0
+    """Optimizer updates of linear warm-up."""
+    decay: Literal["constant", "cosine", "linear"] = "constant"
+    """Schedule after the warm-up, to the end of the run."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay (none on biases and norms)."""
+    beta1: float = 0.9
+    """Adam's first moment."""
+    beta2: float = 0.999
+    """Adam's second moment."""
+    epsilon: float = 1e-8
+    """Adam's epsilon."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this global norm."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainerConfig:
+    """How long, how much, and what is kept."""
+
+    run_dir: str = "runs/default"
+    """Everything that the run writes."""
+    num_gpus: int = 1
+    """Ranks of the trainer (processes; on cpu, too)."""
+    num_steps: int = 100
+    """Steps: one rollout each (supervised: one update each)."""
+    prompts_per_step: int = 512
+    """Prompts of one rollout."""
+    updates_per_step: int = 1
+    """Mini-batches that a rollout is cut into."""
+    seed: int = 0
+    """Of data order, views, sampling and initialisation."""
+    save_every_steps: int = 0
+    """Checkpoint period; 0 saves at the end only."""
+    keep_checkpoints: int = 2
+    """Older ones are deleted."""
+    export: bool = True
+    """Write the final weights as a Hugging Face folder, run_dir/export."""
+    evaluate_every_steps: int = 0
+    """Evaluation period; 0 evaluates before the first and after the last step only."""
+    evaluation_samples: int = 4
+    """k of avg@k."""
+    evaluation_temperature: float = 1.0
+    """Temperature of the evaluation's samples."""
+    evaluation_rows: int = 0
+    """Rows of data.evaluation to use; 0 means all."""
+    grader_processes: int = 1
+    """Worker processes that grade answers, per rank."""
+    grader_timeout_seconds: float = 10.0
+    """A sample whose grading takes longer is worth zero and counted."""
+    keep_samples_every_steps: int = 1
+    """Period at which every sample's tokens and statistics are written."""
+    wandb_project: str = ""
+    """Also log to this Weights & Biases project (package wandb must be installed)."""
+    self_check: bool = True
+    """At the first step: ratio one, KL zero, and engine and policy agree; else stop."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """One run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    perception: PerceptionConfig = field(default_factory=PerceptionConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+def save(config: Config, path: Path) -> None:
+    """Write `config` as JSON; `flags` of the same file gives an equal config through the same parser."""
+    path.write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+
+
+def flags(saved: dict[str, dict[str, Any]]) -> list[str]:
+    """The command-line flags that say what a saved config.json says, so that one strict parser reads both.
+
+    Raises ConfigError when the JSON is not two levels of sections and fields.
+    """
+    words: list[str] = []
+    for section, fields in saved.items():
+        if not isinstance(fields, dict):
+            raise ConfigError(f"config.json: section '{section}' must be an object of fields, got {fields!r}")
+        for name, value in fields.items():
+            words.append(f"--{section}.{name}")
+            words += [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    return words

@@ -1,0 +1,245 @@
+"""Every number that follows from the config, and every check across its sections. Standard library only.
+
+`resolve` reports all problems at once, each as what was given, what is required, and the nearest valid value.
+Lower layers receive the `Plan` and single sections, never the whole config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_cppo import architecture
+from megatron_cppo.architecture import ModelShape
+from megatron_cppo.config import Config, ConfigError
+
+BYTES = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes per rank that do not depend on the data: weights, gradients, optimizer and reference, in GiB."""
+
+    weights_gib: float
+    gradients_gib: float
+    optimizer_gib: float
+    reference_device_gib: float
+    reference_host_gib: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run will do, in numbers. All counts are of the whole run, not of one rank, unless named so."""
+
+    shape: ModelShape
+    num_ranks: int
+    data_parallel: int
+    padded_vocab_size: int
+    samples_per_step: int
+    prompts_per_update: int
+    num_updates: int
+    row_multiple: int
+    max_tokens_per_microbatch: int
+    longest_sample_tokens: int
+    views_per_gated_sample: int
+    uses_reference: bool
+    scores_old_logp: bool
+    num_parameters: int
+    memory: Memory
+
+
+def nearest_divisor(number: int, wanted: int) -> int:
+    """The divisor of `number` that is nearest to `wanted`, the smaller of two.
+
+    >>> nearest_divisor(28, 8)
+    7
+    """
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wanted), d))
+
+
+def resolve(config: Config) -> Plan:
+    """Derive the plan of `config`. Raises one ConfigError that lists every problem."""
+    problems: list[str] = []
+    shape = None
+    try:
+        shape = architecture.read(config.model.path)
+    except ConfigError as error:
+        problems.append(str(error))
+    problems += _layout_problems(config, shape) + _batch_problems(config) + _value_problems(config)
+    problems += _file_problems(config)
+    if problems or shape is None:
+        raise ConfigError("\n".join(f"  {number}. {text}" for number, text in enumerate(problems, 1)))
+    return _derive(config, shape)
+
+
+def _derive(config: Config, shape: ModelShape) -> Plan:
+    policy, trainer, rollout = config.policy, config.trainer, config.rollout
+    supervised = config.algorithm.objective == "supervised"
+    reference = config.algorithm.beta > 0 and not supervised
+    parallel = policy.tensor_parallel
+    data_parallel = trainer.num_gpus // (parallel * policy.pipeline_parallel)
+    return Plan(
+        shape=shape,
+        num_ranks=trainer.num_gpus,
+        data_parallel=data_parallel,
+        padded_vocab_size=math.ceil(shape.vocab_size / parallel) * parallel,
+        samples_per_step=trainer.prompts_per_step * (1 if supervised else rollout.samples_per_prompt),
+        prompts_per_update=trainer.prompts_per_step // trainer.updates_per_step,
+        num_updates=trainer.num_steps * trainer.updates_per_step,
+        row_multiple=parallel if policy.sequence_parallel else 1,
+        max_tokens_per_microbatch=policy.max_tokens_per_microbatch,
+        longest_sample_tokens=longest_sample(config),
+        views_per_gated_sample=_views(config),
+        uses_reference=reference,
+        scores_old_logp=trainer.updates_per_step > 1 and not supervised,
+        num_parameters=shape.num_parameters,
+        memory=_memory(config, shape, data_parallel, reference),
+    )
+
+
+def _views(config: Config) -> int:
+    return 3 if config.algorithm.objective == "cppo" else 1
+
+
+def longest_sample(config: Config) -> int:
+    """Tokens of the longest possible sample under all of its views; a microbatch must hold it."""
+    return _views(config) * (config.data.max_prompt_tokens + config.rollout.max_response_tokens - 1)
+
+
+def _memory(config: Config, shape: ModelShape, data_parallel: int, reference: bool) -> Memory:
+    policy, gib = config.policy, 2**30
+    language = (shape.num_parameters - shape.vision.num_parameters) / policy.tensor_parallel
+    local = language + shape.vision.num_parameters
+    trained = local if config.model.train_vision else language
+    weights = local * BYTES[policy.precision] / gib
+    main = 8 if policy.precision == "fp32" else 12
+    shards = data_parallel if policy.distributed_optimizer else 1
+    on_device = reference and policy.reference == "device"
+    return Memory(
+        weights_gib=weights,
+        gradients_gib=trained * 4 / gib,
+        optimizer_gib=trained * main / shards / gib,
+        reference_device_gib=weights if on_device else 0.0,
+        reference_host_gib=weights if reference and not on_device else 0.0,
+    )
+
+
+def _layout_problems(config: Config, shape: ModelShape | None) -> list[str]:
+    policy, ranks = config.policy, config.trainer.num_gpus
+    model_ranks = policy.tensor_parallel * policy.pipeline_parallel
+    problems = []
+    if policy.pipeline_parallel != 1:
+        problems.append(f"policy.pipeline_parallel: {policy.pipeline_parallel} stages are not supported yet; use 1")
+    if policy.tensor_parallel < 1 or ranks < 1 or ranks % max(model_ranks, 1):
+        nearest = max(1, round(ranks / max(model_ranks, 1))) * max(model_ranks, 1)
+        problems.append(
+            f"trainer.num_gpus: {ranks} ranks cannot be cut into replicas of {model_ranks} "
+            f"(TP {policy.tensor_parallel} x PP {policy.pipeline_parallel}); use {nearest}"
+        )
+    if policy.sequence_parallel and policy.tensor_parallel == 1:
+        problems.append("policy.sequence_parallel: splits over TP ranks, but tensor_parallel is 1; turn it off")
+    if policy.device == "cpu" and policy.precision != "fp32":
+        problems.append("policy.precision: the cpu platform computes in fp32; use --policy.precision fp32")
+    if shape is None or policy.tensor_parallel < 1:
+        return problems
+    for name, count in (("attention heads", shape.num_heads), ("key/value heads", shape.num_kv_heads)):
+        if count % policy.tensor_parallel:
+            nearest = nearest_divisor(count, policy.tensor_parallel)
+            problems.append(
+                f"policy.tensor_parallel: {policy.tensor_parallel} does not divide the model's {count} {name}; "
+                f"use {nearest}"
+            )
+    if shape.ffn_size % policy.tensor_parallel:
+        nearest = nearest_divisor(shape.ffn_size, policy.tensor_parallel)
+        problems.append(
+            f"policy.tensor_parallel: {policy.tensor_parallel} does not divide the model's feed-forward size "
+            f"{shape.ffn_size}; use {nearest}"
+        )
+    return problems
+
+
+def _batch_problems(config: Config) -> list[str]:
+    trainer, problems = config.trainer, []
+    if trainer.prompts_per_step < 1 or trainer.prompts_per_step % max(trainer.updates_per_step, 1):
+        nearest = nearest_divisor(max(trainer.prompts_per_step, 1), trainer.updates_per_step)
+        problems.append(
+            f"trainer.updates_per_step: {trainer.updates_per_step} does not divide prompts_per_step "
+            f"{trainer.prompts_per_step}; use {nearest}"
+        )
+    needed = longest_sample(config)
+    if config.policy.max_tokens_per_microbatch < needed:
+        problems.append(
+            f"policy.max_tokens_per_microbatch: {config.policy.max_tokens_per_microbatch} cannot hold the longest "
+            f"sample, {_views(config)} views x (data.max_prompt_tokens {config.data.max_prompt_tokens} + "
+            f"rollout.max_response_tokens {config.rollout.max_response_tokens} - 1); use at least {needed}"
+        )
+    if config.optimizer.warmup_updates >= trainer.num_steps * max(trainer.updates_per_step, 1):
+        problems.append(
+            f"optimizer.warmup_updates: {config.optimizer.warmup_updates} leaves no update after the warm-up "
+            f"(the run has {trainer.num_steps * trainer.updates_per_step}); use fewer"
+        )
+    return problems
+
+
+_BOUNDS: tuple[tuple[str, str, float, float], ...] = (
+    ("algorithm", "clip_low", 0, 1),
+    ("algorithm", "clip_high", 0, math.inf),
+    ("algorithm", "beta", 0, math.inf),
+    ("perception", "coefficient", 0, math.inf),
+    ("perception", "temperature", 1e-6, math.inf),
+    ("perception", "top_fraction", 1e-6, 1),
+    ("perception", "min_entropy_shift", 0, math.inf),
+    ("rollout", "samples_per_prompt", 1, math.inf),
+    ("rollout", "max_response_tokens", 1, math.inf),
+    ("rollout", "temperature", 1e-6, math.inf),
+    ("rollout", "max_sequences", 1, math.inf),
+    ("optimizer", "learning_rate", 0, math.inf),
+    ("optimizer", "max_grad_norm", 0, math.inf),
+    ("trainer", "num_steps", 1, math.inf),
+    ("trainer", "updates_per_step", 1, math.inf),
+    ("trainer", "keep_checkpoints", 1, math.inf),
+    ("trainer", "evaluation_samples", 1, math.inf),
+    ("trainer", "grader_processes", 1, math.inf),
+    ("model", "min_pixels", 1, math.inf),
+)
+
+
+def _value_problems(config: Config) -> list[str]:
+    problems = []
+    for section, name, low, high in _BOUNDS:
+        value = getattr(getattr(config, section), name)
+        if not low <= value <= high:
+            problems.append(f"{section}.{name}: {value} is outside [{low}, {high}]; use {min(max(value, low), high)}")
+    if config.model.min_pixels > config.model.max_pixels:
+        problems.append(
+            f"model.min_pixels: {config.model.min_pixels} exceeds model.max_pixels {config.model.max_pixels}; lower it"
+        )
+    if not config.perception.preserving or not config.perception.removing:
+        problems.append("perception.preserving and perception.removing need at least one perturbation each")
+    return problems
+
+
+def _file_problems(config: Config) -> list[str]:
+    problems = []
+    if not config.data.train:
+        problems.append("data.train: no parquet file given; use --data.train FILE [FILE ...]")
+    for section, files in (("train", config.data.train), ("evaluation", config.data.evaluation)):
+        problems += [f"data.{section}: {file} does not exist" for file in files if not Path(file).is_file()]
+    return problems
+
+
+def describe(plan: Plan) -> str:
+    """The plan as aligned text, one number a line."""
+    facts = {name: value for name, value in dataclasses.asdict(plan).items() if not isinstance(value, dict)}
+    facts |= {name: f"{value:.3f}" for name, value in dataclasses.asdict(plan.memory).items()}
+    facts["reference"] = _reference_text(plan)
+    width = max(len(name) for name in facts)
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in facts.items())
+
+
+def _reference_text(plan: Plan) -> str:
+    if not plan.uses_reference:
+        return "none (beta is 0)"
+    return "in host memory" if plan.memory.reference_host_gib else "on the device"

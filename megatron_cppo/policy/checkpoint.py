@@ -1,0 +1,123 @@
+"""Training checkpoints by Megatron-Core's dist_checkpointing: everything that the next step depends on.
+
+A checkpoint is written beside its place and published by rename, so a folder `step_*` is a whole one. It holds the
+model, the optimizer's state as sharded by it, the learning-rate schedule, random states, and a small JSON of the
+caller's (step, data position). The layout (TP, DP) must be the same when it is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+from megatron_cppo.policy.build import Trained
+
+log = logging.getLogger(__name__)
+_NAME = re.compile(r"step_(\d{6,})")
+_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "dp_reshardable"}
+
+
+def published(folder: Path) -> list[Path]:
+    """Whole checkpoints in `folder`, oldest first."""
+    found = [
+        path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and (path / "progress.json").is_file()
+    ]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def save(trained: Trained, folder: Path, *, step: int, progress: dict[str, Any], keep: int) -> Path:
+    """Write checkpoint `step` and delete all but the newest `keep`. Called by all ranks; returns its folder.
+
+    Raises OSError (on the rank that met it) when the file system refuses; a published checkpoint is never touched
+    before the new one is whole.
+    """
+    final = folder / f"step_{step:06d}"
+    partial = folder / f".partial_{step:06d}"
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(_sharded_state(trained, loading=False), str(partial))
+    if dist.get_rank() == 0:
+        (partial / "progress.json").write_text(json.dumps({"step": step, **progress}) + "\n")
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for old in published(folder)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def load(trained: Trained, folder: Path) -> dict[str, Any] | None:
+    """Restore the newest whole checkpoint of `folder` into `trained`; returns its progress, or None if there is none.
+
+    Called by all ranks.
+    """
+    checkpoints = published(folder)
+    if not checkpoints:
+        return None
+    newest = checkpoints[-1]
+    state = dist_checkpointing.load(_sharded_state(trained, loading=True), str(newest))
+    trained.model.load_state_dict(state["model"], strict=True)
+    trained.optimizer.load_state_dict(state["optimizer"])
+    trained.schedule.load_state_dict(state["schedule"])
+    random = state["random"]
+    torch.set_rng_state(random["torch"])
+    get_cuda_rng_tracker().set_states(random["megatron"])
+    log.info("resumed from %s", newest)
+    return json.loads((newest / "progress.json").read_text())
+
+
+def _sharded_state(trained: Trained, *, loading: bool) -> dict[str, Any]:
+    model = _without_extra_state(trained.model.sharded_state_dict())
+    rank = dist.get_rank()
+    random = {"torch": torch.get_rng_state(), "megatron": get_cuda_rng_tracker().get_states()}
+    return {
+        "model": model,
+        "optimizer": optimizer_state_without_te(trained, model, loading=loading),
+        "schedule": trained.schedule.state_dict(),
+        "random": ShardedObject("random", random, (dist.get_world_size(),), (rank,)),
+    }
+
+
+def _without_extra_state(state: dict[str, Any]) -> dict[str, Any]:
+    """Transformer Engine's `_extra_state` objects are empty without it, and their absence would fail a load."""
+    return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+
+
+def optimizer_state_without_te(trained: Trained, model: dict[str, Any], *, loading: bool) -> dict[str, Any]:
+    """The optimizer's sharded state. Without TE or Apex its `state_dict` needs per-parameter steps to exist.
+
+    Megatron-Core 0.16.1 reads torch's Adam `step` before any update has made it (IndexError at a fresh optimizer);
+    its own dummy initialisation, meant for loading, makes the state without changing a parameter.
+    """
+    for optimizer in getattr(trained.optimizer, "chained_optimizers", [trained.optimizer]):
+        if not optimizer.optimizer.state:
+            _initialise(optimizer)
+    return trained.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_OPTIMIZER_FORMAT)
+
+
+def _initialise(optimizer: Any) -> None:
+    rates = [(group["lr"], group["weight_decay"]) for group in optimizer.optimizer.param_groups]
+    for group in optimizer.optimizer.param_groups:
+        group["lr"] = group["weight_decay"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.optimizer.step()
+    optimizer.optimizer.zero_grad()
+    for group, (rate, decay) in zip(optimizer.optimizer.param_groups, rates, strict=True):
+        group["lr"], group["weight_decay"] = rate, decay

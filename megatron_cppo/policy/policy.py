@@ -1,0 +1,125 @@
+"""The trained model as the loop sees it: score, update, stream weights, save, restore, export."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_cppo.algo.objective import OBJECTIVES
+from megatron_cppo.config import Config
+from megatron_cppo.plan import Plan
+from megatron_cppo.policy import checkpoint, groups, hf_folder, platform, step, weights
+from megatron_cppo.policy.build import build
+from megatron_cppo.policy.reference import Reference
+from megatron_cppo.policy.vision import Pixels
+from megatron_cppo.types import Batch, MicroBatch, SampleStatistics
+
+
+class Policy:
+    """One rank's share of the policy. Every public method is called by all ranks, in the same order.
+
+    `pixels` gives an image's processed patches; `banned_ids` are what sampling may not produce: one list for the
+    engine and for every log-prob and entropy here.
+    """
+
+    def __init__(self, config: Config, plan: Plan, *, pixels: Pixels, banned_ids: Sequence[int]) -> None:
+        device = platform.activate(config.policy.device)
+        self.groups = groups.make(config.policy, seed=config.trainer.seed)
+        self._source = config.model.path
+        self.trained = build(
+            plan,
+            model=config.model,
+            policy=config.policy,
+            optimizer=config.optimizer,
+            pixels=pixels,
+            groups=self.groups,
+            device=device,
+        )
+        self.trained.model.config.finalize_model_grads_func = step.finalize_gradients(self.groups)
+        self._settings = step.LossSettings(
+            objective=OBJECTIVES[config.algorithm.objective],
+            algorithm=config.algorithm,
+            perception=config.perception,
+            max_response_tokens=config.rollout.max_response_tokens,
+            head={
+                "temperature": config.rollout.temperature,
+                "banned_ids": tuple(banned_ids),
+                "backend": config.policy.head_backend,
+            },
+        )
+        on_host = config.policy.reference == "host"
+        self._reference = Reference(self.trained.model, on_host=on_host) if plan.uses_reference else None
+        self._statistics: list[SampleStatistics] = []
+
+    def score(self, batch: Batch, *, old: bool, reference: bool) -> Batch:
+        """Fill the batch's old log-probs (under the weights as they are) and the reference's, as asked."""
+        head = self._settings.head
+        if old:
+            batch = dataclasses.replace(batch, old_logp=step.score(self.trained, batch, head=head))
+        if reference and self._reference is not None:
+            with self._reference.active():
+                batch = dataclasses.replace(batch, reference_logp=step.score(self.trained, batch, head=head))
+        return batch
+
+    def update(self, batch: Batch) -> dict[str, float]:
+        """One optimizer update per mini-batch; returns metrics, averaged over the updates, the same on all ranks."""
+        self._statistics = []
+        every = []
+        for mini in batch.updates:
+            metrics, statistics = step.update(self.trained, batch, mini, self._settings)
+            every.append(metrics)
+            self._statistics += statistics
+        names = sorted({name for metrics in every for name in metrics})
+        found = {name: [metrics[name] for metrics in every if name in metrics] for name in names}
+        averages = {name: sum(values) / len(values) for name, values in found.items()}
+        return averages | {"tokens/vision": float(_vision_tokens(batch)), "tokens/segments": float(_row_tokens(batch))}
+
+    def statistics(self) -> list[SampleStatistics]:
+        """What the last `update` saw of every sample, ordered by sample; on all ranks. Communicates over DP."""
+        every: list[Any] = [None] * self.groups.data.size()
+        dist.all_gather_object(every, self._statistics, group=self.groups.data)
+        return sorted((item for part in every for item in part), key=lambda item: item.sample_id)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors under official Hugging Face names, on every rank. Communicates over TP."""
+        return weights.stream(self.trained.model)
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole gradients of the last update, named like the weights (needs `distributed_optimizer` off with DP)."""
+        return weights.stream(self.trained.model, lambda parameter: parameter.main_grad)
+
+    def export(self, folder: Path) -> None:
+        """Write the weights as a Hugging Face folder; side files are the source checkpoint's, verbatim."""
+        if dist.get_rank() == 0:
+            hf_folder.write(self.weights(), source=self._source, target=str(folder))
+        else:
+            for _ in self.weights():
+                pass
+        dist.barrier()
+
+    def save(self, folder: Path, *, at_step: int, progress: dict[str, Any], keep: int) -> Path:
+        """Write a training checkpoint (`policy.checkpoint`)."""
+        return checkpoint.save(self.trained, folder, step=at_step, progress=progress, keep=keep)
+
+    def restore(self, folder: Path) -> dict[str, Any] | None:
+        """Load the newest whole checkpoint of `folder`; its progress, or None when there is none."""
+        return checkpoint.load(self.trained, folder)
+
+
+def _rows(batch: Batch) -> Iterator[MicroBatch]:
+    return (row for mini in batch.updates for rows in mini.microbatches for row in rows)
+
+
+def _vision_tokens(batch: Batch) -> int:
+    """Image tokens that the tower encodes in the step's updates."""
+    return sum(grid.num_tokens for row in _rows(batch) for grid in row.grids)
+
+
+def _row_tokens(batch: Batch) -> int:
+    """Tokens of all packed rows of the step's updates."""
+    return sum(row.token_ids_T.numel() for row in _rows(batch))

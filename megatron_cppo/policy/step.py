@@ -1,0 +1,257 @@
+"""Passes of a mini-batch through Megatron-Core's schedules: an update, or a scoring pass without gradient.
+
+Owns what happens between packed rows and numbers: the forward step, the reduction of gradients and of metrics. The
+loss itself is the objective's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_cppo.algo.objective import Counts, Objective, Outcome, Tokens
+from megatron_cppo.config import AlgorithmConfig, PerceptionConfig
+from megatron_cppo.policy.build import Trained
+from megatron_cppo.policy.groups import Groups
+from megatron_cppo.policy.model import Head
+from megatron_cppo.types import Batch, MicroBatch, MiniBatch, SampleStatistics
+
+RowFunction = Callable[[MicroBatch, Head], tuple[Tensor, Any]]
+"""A row and its head -> the differentiable contribution, and what to keep of the row."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossSettings:
+    """What the loss needs beside the batch."""
+
+    objective: Objective
+    algorithm: AlgorithmConfig
+    perception: PerceptionConfig
+    max_response_tokens: int
+    head: dict[str, Any]
+
+
+def finalize_gradients(groups: Groups) -> Callable[..., None]:
+    """Megatron-Core's reduction of gradients, then the vision tower's sum over TP: each rank encoded its own images.
+
+    Losses are already divided by known counts, so nothing is divided by the schedule's token count.
+    """
+
+    def finalize(model: list[Any], _num_tokens: Tensor | None = None, **options: Any) -> None:
+        finalize_model_grads(model, None, **options)
+        gradients = [
+            parameter.main_grad
+            for chunk in model
+            for name, parameter in chunk.named_parameters()
+            if parameter.requires_grad and ".visual." in f".{name}"
+        ]
+        if gradients and groups.tensor.size() > 1:
+            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+            dist.all_reduce(flat, group=groups.tensor)
+            for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(total.view_as(gradient))
+
+    return finalize
+
+
+def run_rows(
+    trained: Trained, rows: Sequence[MicroBatch], function: RowFunction, *, head: dict[str, Any], forward_only: bool
+) -> list[Any]:
+    """Run `rows` through the schedule; returns what `function` kept of each (on the last stage)."""
+
+    def forward_step(iterator: Iterator[MicroBatch], wrapped: Any) -> tuple[Tensor, Any]:
+        row = next(iterator)
+
+        def loss(hidden_T1H: Tensor) -> tuple[Tensor, Tensor, Any]:
+            value, kept = function(row, Head(trained.model, hidden_T1H, **head))
+            return value, torch.zeros((), dtype=torch.int, device=value.device), kept
+
+        return wrapped(row), loss
+
+    schedule = get_forward_backward_func(pp_size=trained.model.groups.collection.pp.size())
+    with torch.set_grad_enabled(not forward_only):
+        return schedule(
+            forward_step_func=forward_step,
+            data_iterator=iter(rows),
+            model=[trained.wrapped],
+            num_microbatches=len(rows),
+            seq_length=1,
+            micro_batch_size=1,
+            forward_only=forward_only,
+            pg_collection=trained.model.groups.collection,
+        )
+
+
+def score(trained: Trained, batch: Batch, *, head: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Log-probs of every sample's response tokens under the weights as they are, on all ranks.
+
+    Communicates over the data-parallel group: each rank scores its rows, all receive all.
+    """
+    assert batch.scoring is not None, "the batch was planned without a scoring pass"
+    groups = trained.model.groups
+
+    def rows_logp(row: MicroBatch, rows_head: Head) -> tuple[Tensor, dict[int, Tensor]]:
+        device = rows_head.hidden_TH.device
+        logp_N, _ = rows_head.statistics(row.rows_original_N.to(device), row.targets_N.to(device))
+        pieces = logp_N.detach().cpu().split(torch.bincount(row.sample_N, minlength=len(row.sample_ids)).tolist())
+        return logp_N.sum(), {i: piece.clone() for i, piece in zip(row.sample_ids, pieces, strict=True) if i >= 0}
+
+    rows = batch.scoring.microbatches[groups.data_rank]
+    mine: dict[int, Tensor] = {}
+    for kept in run_rows(trained, rows, rows_logp, head=head, forward_only=True):
+        mine |= kept
+    every: dict[int, Tensor] = {}
+    for part in _gather_objects(mine, groups.data):
+        every |= part
+    return tuple(every[i] for i in range(len(batch.samples)))
+
+
+def update(
+    trained: Trained, batch: Batch, mini: MiniBatch, settings: LossSettings
+) -> tuple[dict[str, float], list[SampleStatistics]]:
+    """One optimizer update on `mini`. Returns its metrics (the same on all ranks) and this rank's statistics."""
+    groups = trained.model.groups
+    rows = mini.microbatches[groups.data_rank]
+    counts = _counts(trained, batch, mini, settings)
+
+    def contribution(row: MicroBatch, head: Head) -> tuple[Tensor, tuple[MicroBatch, Outcome]]:
+        tokens = response_tokens(row, batch, trained.model.device)
+        outcome = settings.objective.loss(tokens, head, counts, settings.algorithm, settings.perception)
+        _add_engine_gap(row, batch, tokens, outcome)
+        return outcome.loss, (row, outcome)
+
+    trained.wrapped.zero_grad_buffer()
+    trained.optimizer.zero_grad()
+    kept = run_rows(trained, rows, contribution, head=settings.head, forward_only=False)
+    trained.schedule.step(1)  # before the update, so that the first one of a warm-up does not have rate zero
+    _, grad_norm, _ = trained.optimizer.step()
+    metrics = reduce_metrics([outcome.metrics for _, outcome in kept], groups.data)
+    metrics["optim/grad_norm"] = float(grad_norm)
+    metrics["optim/learning_rate"] = float(trained.optimizer.param_groups[0]["lr"])
+    return metrics, [statistics for row, outcome in kept for statistics in sample_statistics(row, outcome)]
+
+
+def _counts(trained: Trained, batch: Batch, mini: MiniBatch, settings: LossSettings) -> Counts:
+    groups = trained.model.groups
+    counts = partial(
+        Counts,
+        num_tokens=mini.num_tokens,
+        num_samples=mini.num_samples,
+        num_gated_samples=mini.num_gated_samples,
+        num_microbatches=sum(len(rows) for rows in mini.microbatches),
+        max_response_tokens=settings.max_response_tokens,
+    )
+    counted = any("removing" in {key.view for key in row.images} for rows in mini.microbatches for row in rows)
+    if settings.perception.aggregation != "global" or not counted:
+        return counts()
+
+    def masked(row: MicroBatch, head: Head) -> tuple[Tensor, int]:
+        tokens = response_tokens(row, batch, trained.model.device)
+        outcome = settings.objective.loss(
+            tokens, head, counts(num_masked_tokens=1), settings.algorithm, settings.perception
+        )
+        return outcome.loss, 0 if outcome.mask_N is None else int(outcome.mask_N.sum())
+
+    rows = mini.microbatches[groups.data_rank]
+    mine = sum(run_rows(trained, rows, masked, head=settings.head, forward_only=True))
+    return counts(num_masked_tokens=max(1, sum(_gather_objects(mine, groups.data))))
+
+
+def response_tokens(row: MicroBatch, batch: Batch, device: torch.device) -> Tokens:
+    """The row's response tokens with their samples' advantages, lengths and scores, on `device`."""
+    samples = [batch.samples[i] if i >= 0 else None for i in row.sample_ids]
+    lengths_S = torch.bincount(row.sample_N, minlength=len(samples))
+    sample_N = row.sample_N
+    weight_S = torch.tensor([float(sample is not None) for sample in samples])
+    advantage_S = torch.tensor([0.0 if sample is None else sample.advantage for sample in samples])
+
+    def scores(values: tuple[Tensor, ...] | None) -> Tensor | None:
+        if values is None:
+            return None
+        parts = [
+            values[i] if i >= 0 else torch.zeros(n) for i, n in zip(row.sample_ids, lengths_S.tolist(), strict=True)
+        ]
+        return torch.cat(parts).to(device)
+
+    return Tokens(
+        targets_N=row.targets_N.to(device),
+        sample_N=sample_N.to(device),
+        weight_N=weight_S[sample_N].to(device),
+        length_N=lengths_S[sample_N].to(device),
+        advantage_N=advantage_S[sample_N].to(device),
+        rows_original_N=row.rows_original_N.to(device),
+        rows_preserving_N=row.rows_preserving_N.to(device),
+        rows_removing_N=row.rows_removing_N.to(device),
+        old_logp_N=scores(batch.old_logp),
+        reference_logp_N=scores(batch.reference_logp),
+    )
+
+
+def _add_engine_gap(row: MicroBatch, batch: Batch, tokens: Tokens, outcome: Outcome) -> None:
+    """Mean |log-prob of the engine - of the policy|, over the row's tokens."""
+    samples = [batch.samples[i] for i in row.sample_ids if i >= 0]
+    if outcome.logp_N is None or not samples or not all(sample.logp for sample in samples):
+        return
+    engine_N = torch.tensor([value for sample in samples for value in sample.logp], device=outcome.logp_N.device)
+    gap = (engine_N - outcome.logp_N[tokens.weight_N > 0]).abs().sum()
+    outcome.metrics["policy/logp_gap"] = (gap, torch.tensor(float(engine_N.numel())))
+
+
+def reduce_metrics(rows: Sequence[dict[str, tuple[Tensor, Tensor]]], group: dist.ProcessGroup) -> dict[str, float]:
+    """Sum the (sum, count) pairs over rows and over the ranks of `group`, then divide; the same on all ranks."""
+    mine: dict[str, tuple[float, float]] = {}
+    for metrics in rows:
+        for name, (total, count) in metrics.items():
+            old = mine.get(name, (0.0, 0.0))
+            mine[name] = (old[0] + float(total), old[1] + float(count))
+    sums: dict[str, tuple[float, float]] = {}
+    for part in _gather_objects(mine, group):
+        for name, (total, count) in part.items():
+            old = sums.get(name, (0.0, 0.0))
+            sums[name] = (old[0] + total, old[1] + count)
+    return {name: total / count for name, (total, count) in sorted(sums.items()) if count}
+
+
+def sample_statistics(row: MicroBatch, outcome: Outcome) -> Iterator[SampleStatistics]:
+    """What the update saw of each sample of a row, for the log."""
+    assert outcome.logp_N is not None, "the objective kept no log-probs"
+    counts = torch.bincount(row.sample_N, minlength=len(row.sample_ids)).tolist()
+
+    def pieces(values_N: Tensor | None) -> list[list[Any]]:
+        return [[] for _ in counts] if values_N is None else [part.tolist() for part in values_N.split(counts)]
+
+    columns = zip(
+        row.sample_ids,
+        pieces(outcome.logp_N),
+        pieces(outcome.entropy_N),
+        pieces(outcome.entropy_removing_N),
+        pieces(outcome.mask_N),
+        row.rows_removing_N.split(counts),
+        strict=True,
+    )
+    for index, logp, entropy, removing, mask, removing_rows in columns:
+        if index >= 0:
+            perturbed = outcome.mask_N is not None and bool((removing_rows >= 0).all())
+            yield SampleStatistics(
+                sample_id=index,
+                logp=tuple(logp),
+                entropy=tuple(entropy),
+                entropy_removing=tuple(removing) if perturbed else None,
+                mask=tuple(mask) if perturbed else None,
+            )
+
+
+def _gather_objects(mine: Any, group: dist.ProcessGroup) -> list[Any]:
+    if group.size() == 1:
+        return [mine]
+    every: list[Any] = [None] * group.size()
+    dist.all_gather_object(every, mine, group=group)
+    return every

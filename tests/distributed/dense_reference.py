@@ -1,0 +1,133 @@
+"""An independent CPPO: Hugging Face's own model, one sample and one view at a time, autograd, the vocabulary whole.
+
+Written from the paper's equations, with Python loops, nothing shared with `megatron_cppo.algo`. All three views of
+every sample are computed; the gate multiplies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_cppo.config import AlgorithmConfig, PerceptionConfig
+from megatron_cppo.types import Sample, View
+from tests.distributed import tiny_model
+
+
+def load(folder: str, dtype: torch.dtype = torch.float32) -> Any:
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    return model.eval()
+
+
+def response_logits(model: Any, sample: Sample, view: View) -> Tensor:
+    """Logits [tokens, V] that predict the response, from Hugging Face's full forward pass."""
+    prompt = sample.prompt
+    ids = torch.tensor([prompt.token_ids + sample.token_ids])
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    if prompt.grids:
+        is_image = torch.zeros_like(ids)
+        is_image[0, list(prompt.image_slots)] = 1
+        inputs |= {
+            "pixel_values": torch.cat([tiny_model.pixels(key) for key in prompt.images(view)]).to(model.dtype),
+            "image_grid_thw": torch.tensor([(g.frames, g.height, g.width) for g in prompt.grids]),
+            "mm_token_type_ids": is_image,
+        }
+    return model(**inputs).logits[0, len(prompt.token_ids) - 1 : -1]
+
+
+def log_softmax(logits: Tensor, banned: Sequence[int]) -> Tensor:
+    masked = logits.clone()
+    masked[:, list(banned)] = -math.inf
+    return masked.log_softmax(-1)
+
+
+def _statistics(model: Any, sample: Sample, view: View) -> tuple[Tensor, Tensor, Tensor]:
+    logp_NV = log_softmax(response_logits(model, sample, view), tiny_model.BANNED)
+    logp_N = logp_NV.gather(1, torch.tensor(sample.token_ids)[:, None])[:, 0]
+    finite = torch.where(logp_NV.isinf(), torch.zeros_like(logp_NV), logp_NV)
+    return logp_N, -(logp_NV.exp() * finite).sum(1), finite
+
+
+def _k3(original: Tensor, view: Tensor) -> Tensor:
+    d = (view - original).clamp(-20, 20)
+    return (d.exp() - d - 1).clamp(-10, 10)
+
+
+def _divergence(kind: str, original: tuple[Tensor, Tensor, Tensor], view: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    if kind == "exact":
+        keep = torch.ones(original[2].shape[1], dtype=torch.bool)
+        keep[list(tiny_model.BANNED)] = False
+        p, q = original[2][:, keep], view[2][:, keep]
+        return (p.exp() * (p - q)).sum(1)
+    if kind == "k1":
+        return (original[0] - view[0]).clamp(-10, 10)
+    return _k3(original[0], view[0])
+
+
+def _mask(h: Tensor, h_removing: Tensor, settings: PerceptionConfig) -> list[int]:
+    shift = [b - a for a, b in zip(h.tolist(), h_removing.tolist(), strict=True)]
+    candidates = [t for t, value in enumerate(shift) if value > settings.min_entropy_shift]
+    if not candidates:
+        return []
+    score = [
+        max(value, 0.0) / (b + 1e-6) if settings.rank_by == "relative" else max(value, 0.0)
+        for value, b in zip(shift, h_removing.tolist(), strict=True)
+    ]
+    k = max(1, math.floor(settings.top_fraction * len(candidates)))
+    threshold = sorted((score[t] for t in candidates), reverse=True)[k - 1]
+    return [t for t in candidates if score[t] >= threshold]
+
+
+def objective(
+    model: Any,
+    samples: Sequence[Sample],
+    algorithm: AlgorithmConfig,
+    perception: PerceptionConfig,
+    old_logp: Sequence[Tensor] | None = None,
+    reference_logp: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """The whole loss of a mini-batch (token mean; CPL per gated sample), differentiable."""
+    num_tokens = sum(len(sample.token_ids) for sample in samples)
+    gated = [sample.advantage > 0 and bool(sample.prompt.grids) for sample in samples]
+    total = torch.zeros((), dtype=model.dtype)
+    masked_tokens = []
+    for index, sample in enumerate(samples):
+        original = _statistics(model, sample, "original")
+        removing = _statistics(model, sample, "removing")
+        preserving = _statistics(model, sample, "preserving")
+        old = original[0].detach() if old_logp is None else old_logp[index].to(model.dtype)
+        ratio = (original[0] - old).exp()
+        clipped = ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)
+        total = total - torch.minimum(sample.advantage * ratio, sample.advantage * clipped).sum() / num_tokens
+        if reference_logp is not None:
+            total = total + algorithm.beta * _k3(original[0], reference_logp[index].to(model.dtype)).sum() / num_tokens
+        mask = _mask(original[1], removing[1], perception)
+        d = _divergence(perception.divergence, original, preserving) - _divergence(
+            perception.divergence, original, removing
+        )
+        tokens = torch.nn.functional.softplus(d / perception.temperature)[mask]
+        if gated[index] and mask:
+            masked_tokens.append(tokens)
+    if masked_tokens:
+        if perception.aggregation == "global":
+            cpl = torch.cat(masked_tokens).mean()
+        else:
+            cpl = torch.stack([tokens.mean() for tokens in masked_tokens]).sum() / sum(gated)
+        total = total + perception.coefficient * cpl
+    return total
+
+
+def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
+    """Gradients of `loss` under official checkpoint names."""
+    from megatron_cppo.policy.hf_folder import disk_name
+
+    model.zero_grad()
+    loss.backward()
+    found = {disk_name(name): p.grad for name, p in model.named_parameters()}
+    return {name: grad.clone() for name, grad in found.items() if grad is not None}

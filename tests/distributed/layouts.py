@@ -1,0 +1,150 @@
+"""Runs one mini-batch through the policy in a layout and brings back loss, gradients and logits under HF names."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_cppo.algo.objective import OBJECTIVES
+from megatron_cppo.data.packing import build_batch
+from megatron_cppo.types import Batch, Group, SampleStatistics
+from tests.distributed import tiny_model
+
+VOCAB = 131
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "TP1": {},
+    "TP2": {"policy__tensor_parallel": 2},
+    "TP2+SP": {"policy__tensor_parallel": 2, "policy__sequence_parallel": True},
+    "DP2": {},
+    "DP2 distributed optimizer": {"policy__distributed_optimizer": True},
+    "TP2+SP recompute full": {
+        "policy__tensor_parallel": 2,
+        "policy__sequence_parallel": True,
+        "policy__recompute": "full",
+    },
+    "TP2 recompute selective": {"policy__tensor_parallel": 2, "policy__recompute": "selective"},
+}
+WORLD = {name: 1 if name == "TP1" else 2 for name in LAYOUTS}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: a checkpoint, a layout's fields, the objective's, and how the batch is cut and ordered."""
+
+    folder: str
+    fields: dict[str, Any]
+    reverse: bool = False
+    scores: bool = False
+    logits: bool = False
+    num_updates: int = 1
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a layout computed; gradients and logits only on rank 0's request."""
+
+    metrics: dict[str, float]
+    gradients: dict[str, Tensor]
+    statistics: list[SampleStatistics]
+    logits: list[Tensor]
+    weights: dict[str, Tensor]
+    num_rows: int
+
+
+def run_cases(rank: int, world_size: int, cases: dict[str, Case]) -> dict[str, Answer]:
+    """All `cases` in one process group; top-level, for `run_distributed`."""
+    return {name: run_case(case, world_size) for name, case in cases.items()}
+
+
+def groups_of(case: Case) -> list[Group]:
+    groups = tiny_model.make_groups(6, 3, vocab_size=VOCAB)
+    return groups[::-1] if case.reverse else groups
+
+
+def run_case(case: Case, world_size: int) -> Answer:
+    from megatron_cppo.policy import groups as process_groups
+    from megatron_cppo.policy.policy import Policy
+
+    config = tiny_model.make_config(case.folder, world_size, **case.fields)
+    plan = tiny_model.make_plan(config)
+    policy = Policy(config, plan, pixels=tiny_model.pixels, banned_ids=tiny_model.BANNED)
+    batch = build_batch(
+        groups_of(case),
+        views_for=OBJECTIVES[config.algorithm.objective].views_for,
+        num_updates=case.num_updates,
+        data_parallel=plan.data_parallel,
+        max_tokens=plan.max_tokens_per_microbatch,
+        row_multiple=plan.row_multiple,
+        score=True,
+    )
+    if case.scores:
+        batch = with_drifted_scores(policy.score(batch, old=True, reference=False))
+    logits = sample_logits(policy, batch) if case.logits else []
+    metrics = policy.update(batch)
+    gradients = (
+        {} if config.policy.distributed_optimizer and plan.data_parallel > 1 else dict(_copies(policy.gradients()))
+    )
+    answer = Answer(
+        metrics=metrics,
+        gradients=gradients,
+        statistics=policy.statistics(),
+        logits=logits,
+        weights=dict(_copies(policy.weights())),
+        num_rows=sum(len(rows) for mini in batch.updates for rows in mini.microbatches),
+    )
+    process_groups.destroy()
+    return answer
+
+
+def _copies(stream: Any) -> Any:
+    return ((name, tensor.detach().clone()) for name, tensor in stream)
+
+
+def with_drifted_scores(batch: Batch) -> Batch:
+    """Old and reference log-probs that differ from the policy's, by an offset that depends on the sample alone."""
+    assert batch.old_logp is not None, "score first"
+    old, reference = [], []
+    for sample, logp in zip(batch.samples, batch.old_logp, strict=True):
+        generator = torch.Generator().manual_seed(1000 * sample.prompt.row + sample.index)
+        old.append(logp + 0.3 * torch.randn(logp.shape, generator=generator))
+        reference.append(logp + 0.3 * torch.randn(logp.shape, generator=generator))
+    return dataclasses.replace(batch, old_logp=tuple(old), reference_logp=tuple(reference))
+
+
+def sample_logits(policy: Any, batch: Batch) -> list[Tensor]:
+    """Logits [tokens, V] that predict each sample's response, whole, by the policy's own forward pass."""
+    from megatron_cppo.policy import step
+
+    model = policy.trained.model
+
+    def keep(row: Any, head: Any) -> tuple[Tensor, list[tuple[int, Tensor]]]:
+        local = head.hidden_TH[row.rows_original_N] @ head.weight_VH.t()
+        parts = [torch.empty_like(local) for _ in range(model.groups.tensor.size())]
+        dist.all_gather(parts, local.contiguous(), group=model.groups.tensor)
+        whole = torch.cat(parts, dim=1)[:, : model.shape.vocab_size]
+        counts = torch.bincount(row.sample_N).tolist()
+        return whole.sum(), list(zip(row.sample_ids, whole.split(counts), strict=True))
+
+    assert batch.scoring is not None, "plan the batch with score=True"
+    rows = batch.scoring.microbatches[policy.groups.data_rank]
+    found = [pair for kept in step.run_rows(policy.trained, rows, keep, head={}, forward_only=True) for pair in kept]
+    every: list[Any] = [None] * policy.groups.data.size()
+    dist.all_gather_object(every, found, group=policy.groups.data)
+    by_sample = {index: logits for part in every for index, logits in part if index >= 0}
+    return [by_sample[i] for i in range(len(batch.samples))]
+
+
+def relative_l2(found: Tensor, wanted: Tensor) -> float:
+    """|found - wanted| / |wanted|, in float64; for a zero reference, the norm of what was found."""
+    scale = wanted.double().norm().item()
+    return (found.double() - wanted.double()).norm().item() / (scale or 1.0)
+
+
+def checkpoint(folder: Path, **variant: Any) -> str:
+    return tiny_model.make_checkpoint(folder, vocab_size=VOCAB, **variant)

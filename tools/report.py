@@ -1,0 +1,78 @@
+"""Write the HTML report of a run: python tools/report.py RUN_DIR [--output report.html] [--samples 6] [--no-images].
+
+The pictures are rebuilt from the data files and the checkpoint that the run's config.json names, by the same seeded
+perturbations as in training; --no-images does without both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from megatron_cppo.config import ConfigError, DataConfig, ModelConfig, PerceptionConfig
+from megatron_cppo.data.prompts import PromptSource
+from megatron_cppo.data.rows import DataError
+from megatron_cppo.data.tokenizer import CheckpointError
+from megatron_cppo.report import write_report
+from megatron_cppo.types import ImageKey
+
+
+def rebuild_images(run_dir: Path) -> Callable[[ImageKey], Image.Image]:
+    """The pictures of the run's training rows, under each view; the data is opened when the first is asked for."""
+
+    @functools.cache
+    def source() -> PromptSource:
+        saved = json.loads((run_dir / "config.json").read_text())
+        data = _section(DataConfig, saved["data"])
+        return PromptSource(
+            data.train,
+            split="train",
+            model_path=saved["model"]["path"],
+            data=data,
+            model=_section(ModelConfig, saved["model"]),
+            perception=_section(PerceptionConfig, saved["perception"]),
+            seed=saved["trainer"]["seed"],
+        )
+
+    return lambda key: source().image(key)
+
+
+def _section(kind: type[Any], saved: dict[str, Any]) -> Any:
+    """A section of the config from its JSON, where tuples are lists."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    unknown = saved.keys() - known
+    if unknown:
+        raise ConfigError(f"config.json: {kind.__name__} has no {', '.join(sorted(unknown))}; fix: use --no-images")
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
+
+
+def main(arguments: list[str]) -> int:
+    """Write the report and say where it is; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Write the HTML report of a run.")
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--output", type=Path, help="default: RUN_DIR/report.html")
+    parser.add_argument("--samples", type=int, default=6, help="answers to show")
+    parser.add_argument("--no-images", action="store_true", help="do not open data files and checkpoint")
+    given = parser.parse_args(arguments)
+    output = given.output or given.run_dir / "report.html"
+    images = None if given.no_images else rebuild_images(given.run_dir)
+    try:
+        write_report(given.run_dir, output, images=images, num_samples=given.samples)
+    except (ConfigError, DataError, CheckpointError) as error:
+        hint = "" if given.no_images else "\n(--no-images writes the report without pictures)"
+        print(f"error: {error}{hint}", file=sys.stderr)
+        return 2
+    print(output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
