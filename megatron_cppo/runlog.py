@@ -234,7 +234,7 @@ class RunLog:
     def _line(self, step: int, record: StepRecord) -> str:
         shown = [f"{name} {brief(record.metrics[metric])}" for name, metric in SHOWN if metric in record.metrics]
         spans = " ".join(f"{name} {seconds:.1f}" for name, seconds in record.seconds.items())
-        assert self._first_start is not None
+        assert self._first_start is not None, f"step {step} was never started"
         left = (self._clock() - self._first_start) / self._steps_done * (self._total_steps - step)
         return f"step {step}/{self._total_steps}  {'  '.join(shown)} | {spans} s  eta {duration(left)}"
 

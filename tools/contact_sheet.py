@@ -33,10 +33,12 @@ def main() -> None:
     parser.add_argument("images", type=Path, nargs="*")
     arguments = parser.parse_args()
     images = [decode(path) for path in arguments.images] or [*photographs(), digits()]
-    # 256 colours: noise patches do not compress, and nobody reads colours off a contact sheet.
-    sheet = contact_sheet([fill(image, (480, 320)) for image in images]).quantize(
-        256, dither=Image.Dither.FLOYDSTEINBERG
-    )
+    sheet = contact_sheet([fill(image, (480, 320)) for image in images])
+    # 256 colours: noise does not compress, and no one reads colours off a contact sheet. The paper stays white.
+    sheet = sheet.quantize(palette=sheet.quantize(256), dither=Image.Dither.FLOYDSTEINBERG)
+    colours = np.array(sheet.getpalette()).reshape(-1, 3)
+    colours[np.asarray(sheet)[0, 0]] = PAPER
+    sheet.putpalette(colours.ravel().tolist())
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(arguments.output, optimize=True)
     print(f"{arguments.output}: {sheet.width} x {sheet.height}, {arguments.output.stat().st_size / 1000:.0f} kB")

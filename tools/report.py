@@ -18,31 +18,40 @@ from typing import Any
 from PIL import Image
 
 from megatron_cppo.config import ConfigError, DataConfig, ModelConfig, PerceptionConfig
-from megatron_cppo.data.prompts import PromptSource
-from megatron_cppo.data.rows import DataError
-from megatron_cppo.data.tokenizer import CheckpointError
 from megatron_cppo.report import write_report
 from megatron_cppo.types import ImageKey
 
 
 def rebuild_images(run_dir: Path) -> Callable[[ImageKey], Image.Image]:
-    """The pictures of the run's training rows, under each view; the data is opened when the first is asked for."""
+    """The pictures of the run's training rows, under each view; the data is opened when the first is asked for.
+
+    What cannot be opened is a ConfigError then.
+    """
 
     @functools.cache
-    def source() -> PromptSource:
+    def source() -> Callable[[ImageKey], Image.Image]:
+        # They take seconds to import, and a report without pictures needs none of them.
+        from megatron_cppo.data.prompts import PromptSource
+        from megatron_cppo.data.rows import DataError
+        from megatron_cppo.data.tokenizer import CheckpointError
+
         saved = json.loads((run_dir / "config.json").read_text())
         data = _section(DataConfig, saved["data"])
-        return PromptSource(
-            data.train,
-            split="train",
-            model_path=saved["model"]["path"],
-            data=data,
-            model=_section(ModelConfig, saved["model"]),
-            perception=_section(PerceptionConfig, saved["perception"]),
-            seed=saved["trainer"]["seed"],
-        )
+        try:
+            return PromptSource(
+                data.train,
+                split="train",
+                model_path=saved["model"]["path"],
+                data=data,
+                model=_section(ModelConfig, saved["model"]),
+                perception=_section(PerceptionConfig, saved["perception"]),
+                seed=saved["trainer"]["seed"],
+                supervised=saved["algorithm"]["objective"] == "supervised",
+            ).image
+        except (DataError, CheckpointError) as error:
+            raise ConfigError(f"{error}\n(or use --no-images, which opens neither data nor checkpoint)") from error
 
-    return lambda key: source().image(key)
+    return lambda key: source()(key)
 
 
 def _section(kind: type[Any], saved: dict[str, Any]) -> Any:
@@ -66,9 +75,8 @@ def main(arguments: list[str]) -> int:
     images = None if given.no_images else rebuild_images(given.run_dir)
     try:
         write_report(given.run_dir, output, images=images, num_samples=given.samples)
-    except (ConfigError, DataError, CheckpointError) as error:
-        hint = "" if given.no_images else "\n(--no-images writes the report without pictures)"
-        print(f"error: {error}{hint}", file=sys.stderr)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     print(output)
     return 0

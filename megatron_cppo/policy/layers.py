@@ -7,6 +7,7 @@ Legend: T tokens of the packed row, S segments, B segments of one bucket, L its 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,17 +59,16 @@ def segments(cu_seqlens_S: Tensor, max_seqlen: int, device: torch.device) -> Seg
         first = last
     whole = torch.tensor([0, starts[-1]], dtype=torch.int32, device=device)
     cu_seqlens = cu_seqlens_S.to(device)
-    return Segments(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        cu_seqlens_q_padded=whole,
-        cu_seqlens_kv_padded=whole,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_kv=max_seqlen,
-        padded_BL=tuple(padded),
-        unpadded_T=torch.from_numpy(unpadded).to(device),
-    )
+    upstream: dict[str, Any] = {
+        "qkv_format": "thd",
+        "cu_seqlens_q": cu_seqlens,
+        "cu_seqlens_kv": cu_seqlens,
+        "cu_seqlens_q_padded": whole,
+        "cu_seqlens_kv_padded": whole,
+        "max_seqlen_q": max_seqlen,
+        "max_seqlen_kv": max_seqlen,
+    }
+    return Segments(**upstream, padded_BL=tuple(padded), unpadded_T=torch.from_numpy(unpadded).to(device))
 
 
 class PackedAttention(nn.Module):
@@ -123,7 +123,8 @@ class RMSNorm(nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object) -> None:
         super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = config.sequence_parallel
+        weight: Any = self.weight
+        weight.sequence_parallel = config.sequence_parallel
 
 
 def decoder_spec(config: TransformerConfig) -> TransformerBlockSubmodules:

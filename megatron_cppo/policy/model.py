@@ -10,6 +10,8 @@ import dataclasses
 import difflib
 import importlib
 import warnings
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -188,13 +190,22 @@ class VisionLanguageModel(MegatronModule):
         return embedded_T1H
 
 
+@dataclass(frozen=True, slots=True)
+class HeadSettings:
+    """What turns logits into the distribution that was sampled from, and what computes with it."""
+
+    temperature: float
+    banned_ids: tuple[int, ...]
+    backend: str
+
+
 class Head:
     """Token statistics from the hidden states of one row, on vocabulary shards; what an objective calls.
 
     The hidden states enter the TP region once: its backward sums the ranks' partial gradients, by one collective.
     """
 
-    def __init__(self, model: VisionLanguageModel, hidden_T1H: Tensor, **statistics: Any) -> None:
+    def __init__(self, model: VisionLanguageModel, hidden_T1H: Tensor, settings: HeadSettings) -> None:
         group = model.groups.tensor
         if model.config.sequence_parallel:
             hidden_T1H = tensor_parallel.gather_from_sequence_parallel_region(hidden_T1H, group=group)
@@ -202,14 +213,21 @@ class Head:
             hidden_T1H = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_T1H, group=group)
         self.hidden_TH = hidden_T1H[:, 0]
         self.weight_VH = model.head_weight()
-        self.settings = {"group": group, "vocab_size": model.shape.vocab_size, **statistics}
+        common: dict[str, Any] = {
+            "group": group,
+            "vocab_size": model.shape.vocab_size,
+            "temperature": settings.temperature,
+            "banned_ids": settings.banned_ids,
+            "backend": settings.backend,
+        }
+        self._statistics = partial(linear_statistics, **common)
+        self._divergence = partial(linear_divergence, **common)
 
     def statistics(self, rows_N: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probs of `targets_N` and entropies, [N] fp32, predicted at positions `rows_N` of the row."""
-        hidden_NH = self.hidden_TH.index_select(0, rows_N)
-        return linear_statistics(hidden_NH, self.weight_VH, targets_N, **self.settings)
+        return self._statistics(self.hidden_TH.index_select(0, rows_N), self.weight_VH, targets_N)
 
     def divergence(self, rows_N: Tensor, other_rows_N: Tensor, *, stop_gradient_other: bool) -> Tensor:
         """Exact KL [N] between the distributions at `rows_N` and at `other_rows_N`."""
         p_NH, q_NH = self.hidden_TH.index_select(0, rows_N), self.hidden_TH.index_select(0, other_rows_N)
-        return linear_divergence(p_NH, q_NH, self.weight_VH, stop_gradient_q=stop_gradient_other, **self.settings)
+        return self._divergence(p_NH, q_NH, self.weight_VH, stop_gradient_q=stop_gradient_other)

@@ -15,6 +15,7 @@ from megatron_cppo.config import Config
 from megatron_cppo.plan import Plan
 from megatron_cppo.policy import checkpoint, groups, hf_folder, platform, step, weights
 from megatron_cppo.policy.build import build
+from megatron_cppo.policy.model import HeadSettings
 from megatron_cppo.policy.reference import Reference
 from megatron_cppo.policy.vision import Pixels
 from megatron_cppo.types import Batch, MicroBatch, SampleStatistics
@@ -46,11 +47,7 @@ class Policy:
             algorithm=config.algorithm,
             perception=config.perception,
             max_response_tokens=config.rollout.max_response_tokens,
-            head={
-                "temperature": config.rollout.temperature,
-                "banned_ids": tuple(banned_ids),
-                "backend": config.policy.head_backend,
-            },
+            head=HeadSettings(config.rollout.temperature, tuple(banned_ids), config.policy.head_backend),
         )
         on_host = config.policy.reference == "host"
         self._reference = Reference(self.trained.model, on_host=on_host) if plan.uses_reference else None
@@ -91,7 +88,7 @@ class Policy:
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Whole gradients of the last update, named like the weights (needs `distributed_optimizer` off with DP)."""
-        return weights.stream(self.trained.model, lambda parameter: parameter.main_grad)
+        return weights.stream(self.trained.model, _main_gradient)
 
     def export(self, folder: Path) -> None:
         """Write the weights as a Hugging Face folder; side files are the source checkpoint's, verbatim."""
@@ -109,6 +106,11 @@ class Policy:
     def restore(self, folder: Path) -> dict[str, Any] | None:
         """Load the newest whole checkpoint of `folder`; its progress, or None when there is none."""
         return checkpoint.load(self.trained, folder)
+
+
+def _main_gradient(parameter: Any) -> Tensor:
+    """DDP's fp32 gradient of a parameter."""
+    return parameter.main_grad
 
 
 def _rows(batch: Batch) -> Iterator[MicroBatch]:

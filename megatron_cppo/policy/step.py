@@ -6,6 +6,7 @@ loss itself is the objective's.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from megatron_cppo.algo.objective import Counts, Objective, Outcome, Tokens
 from megatron_cppo.config import AlgorithmConfig, PerceptionConfig
 from megatron_cppo.policy.build import Trained
 from megatron_cppo.policy.groups import Groups
-from megatron_cppo.policy.model import Head
+from megatron_cppo.policy.model import Head, HeadSettings
 from megatron_cppo.types import Batch, MicroBatch, MiniBatch, SampleStatistics
 
 RowFunction = Callable[[MicroBatch, Head], tuple[Tensor, Any]]
@@ -36,7 +37,7 @@ class LossSettings:
     algorithm: AlgorithmConfig
     perception: PerceptionConfig
     max_response_tokens: int
-    head: dict[str, Any]
+    head: HeadSettings
 
 
 def finalize_gradients(groups: Groups) -> Callable[..., None]:
@@ -63,7 +64,7 @@ def finalize_gradients(groups: Groups) -> Callable[..., None]:
 
 
 def run_rows(
-    trained: Trained, rows: Sequence[MicroBatch], function: RowFunction, *, head: dict[str, Any], forward_only: bool
+    trained: Trained, rows: Sequence[MicroBatch], function: RowFunction, *, head: HeadSettings, forward_only: bool
 ) -> list[Any]:
     """Run `rows` through the schedule; returns what `function` kept of each (on the last stage)."""
 
@@ -71,7 +72,7 @@ def run_rows(
         row = next(iterator)
 
         def loss(hidden_T1H: Tensor) -> tuple[Tensor, Tensor, Any]:
-            value, kept = function(row, Head(trained.model, hidden_T1H, **head))
+            value, kept = function(row, Head(trained.model, hidden_T1H, head))
             return value, torch.zeros((), dtype=torch.int, device=value.device), kept
 
         return wrapped(row), loss
@@ -90,7 +91,7 @@ def run_rows(
         )
 
 
-def score(trained: Trained, batch: Batch, *, head: dict[str, Any]) -> tuple[Tensor, ...]:
+def score(trained: Trained, batch: Batch, *, head: HeadSettings) -> tuple[Tensor, ...]:
     """Log-probs of every sample's response tokens under the weights as they are, on all ranks.
 
     Communicates over the data-parallel group: each rank scores its rows, all receive all.
@@ -140,6 +141,7 @@ def update(
 
 
 def _counts(trained: Trained, batch: Batch, mini: MiniBatch, settings: LossSettings) -> Counts:
+    """The mini-batch's counts; the "global" aggregation needs a counting pass, one more forward of its rows."""
     groups = trained.model.groups
     counts = partial(
         Counts,
@@ -153,11 +155,11 @@ def _counts(trained: Trained, batch: Batch, mini: MiniBatch, settings: LossSetti
     if settings.perception.aggregation != "global" or not counted:
         return counts()
 
+    uncounted = dataclasses.replace(settings.perception, aggregation="sample")
+
     def masked(row: MicroBatch, head: Head) -> tuple[Tensor, int]:
         tokens = response_tokens(row, batch, trained.model.device)
-        outcome = settings.objective.loss(
-            tokens, head, counts(num_masked_tokens=1), settings.algorithm, settings.perception
-        )
+        outcome = settings.objective.loss(tokens, head, counts(), settings.algorithm, uncounted)
         return outcome.loss, 0 if outcome.mask_N is None else int(outcome.mask_N.sum())
 
     rows = mini.microbatches[groups.data_rank]

@@ -44,7 +44,7 @@ class _GatherFeatures(torch.autograd.Function):
         return gathered.unflatten(0, (group.size(), longest))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyrefly: ignore[bad-override]
         return grad[ctx.rank, : ctx.count], None, None
 
 
@@ -77,7 +77,7 @@ def encode(
     return torch.cat([pieces[i] for i in range(len(images))])
 
 
-def _run(tower: nn.Module, pixels: Sequence[Tensor], grids: Sequence[ImageGrid]) -> Tensor:
+def _run(tower: Any, pixels: Sequence[Tensor], grids: Sequence[ImageGrid]) -> Tensor:
     weight = next(tower.parameters())
     if not pixels:
         return weight.new_zeros(0, tower.config.out_hidden_size)

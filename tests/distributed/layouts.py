@@ -120,6 +120,7 @@ def with_drifted_scores(batch: Batch) -> Batch:
 def sample_logits(policy: Any, batch: Batch) -> list[Tensor]:
     """Logits [tokens, V] that predict each sample's response, whole, by the policy's own forward pass."""
     from megatron_cppo.policy import step
+    from megatron_cppo.policy.model import HeadSettings
 
     model = policy.trained.model
 
@@ -133,7 +134,11 @@ def sample_logits(policy: Any, batch: Batch) -> list[Tensor]:
 
     assert batch.scoring is not None, "plan the batch with score=True"
     rows = batch.scoring.microbatches[policy.groups.data_rank]
-    found = [pair for kept in step.run_rows(policy.trained, rows, keep, head={}, forward_only=True) for pair in kept]
+    found = [
+        pair
+        for kept in step.run_rows(policy.trained, rows, keep, head=HeadSettings(1.0, (), "torch"), forward_only=True)
+        for pair in kept
+    ]
     every: list[Any] = [None] * policy.groups.data.size()
     dist.all_gather_object(every, found, group=policy.groups.data)
     by_sample = {index: logits for part in every for index, logits in part if index >= 0}

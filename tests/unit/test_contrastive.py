@@ -45,6 +45,13 @@ def test_k3_dies_where_its_value_passes_ten() -> None:
     torch.testing.assert_close(view.grad[0].item(), math.exp(2.60) - 1)
 
 
+def test_k3_survives_log_ratios_whose_exponential_overflows() -> None:
+    view = torch.tensor([1000.0, -1000.0], requires_grad=True)
+    divergence(torch.zeros(2), view, "k3").sum().backward()
+    assert view.grad is not None
+    assert view.grad.tolist() == [0.0, 0.0]
+
+
 def test_k3_is_accurate_for_close_views() -> None:
     d = torch.tensor([1e-3], dtype=torch.float32)
     exact = math.exp(d.item()) - d.item() - 1

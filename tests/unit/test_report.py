@@ -2,79 +2,35 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import io
 import json
 import math
 import re
+import runpy
 import subprocess
 import sys
-from dataclasses import dataclass, field
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from megatron_cppo.config import ConfigError
+from megatron_cppo.data.prompts import PromptSource
 from megatron_cppo.report import Series, write_report
-from megatron_cppo.report.charts import Line, line_chart, nice_ticks, number_text, stacked_bars
 from megatron_cppo.report.panels import SECTIONS
 from megatron_cppo.report.records import SampleRecord, choose_samples, read_run
 from megatron_cppo.runlog import RunLog, read_lines
+from megatron_cppo.types import VIEWS, ImageKey
 from tests.unit.example_run import answers, example_config, example_log, image, metrics, write_run
+from tests.unit.html_tree import Node, Page
+from tests.unit.tiny_checkpoint import write_tiny_checkpoint
 
-VOID = {"meta", "br", "img", "link", "input", "hr"}
 REPO = Path(__file__).parents[2]
-
-
-@dataclass
-class Node:
-    tag: str
-    attributes: dict[str, str | None]
-    children: list[Node] = field(default_factory=list)
-    words: list[str] = field(default_factory=list)
-
-    def all(self, tag: str = "", name: str = "") -> list[Node]:
-        """Nodes below with this tag and this class, in order."""
-        found = [] if (tag and self.tag != tag) or (name and name not in self.classes) else [self]
-        return found + [node for child in self.children for node in child.all(tag, name)]
-
-    @property
-    def classes(self) -> list[str]:
-        return (self.attributes.get("class") or "").split()
-
-    @property
-    def text(self) -> str:
-        return "".join(self.words)
-
-
-class Page(HTMLParser):
-    """A tree of the page; every tag must be closed by its own."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.root = Node("", {})
-        self._open = [self.root]
-        self.feed(text)
-        self.close()
-        assert self._open == [self.root], f"never closed: {[node.tag for node in self._open]}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        node = Node(tag, dict(attrs))
-        self._open[-1].children.append(node)
-        if tag not in VOID:
-            self._open.append(node)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._open[-1].children.append(Node(tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open[-1].tag == tag, f"</{tag}> closes <{self._open[-1].tag}>"
-        self._open.pop()
-
-    def handle_data(self, data: str) -> None:
-        for node in self._open:
-            node.words.append(data)
 
 
 @pytest.fixture(scope="module")
@@ -287,56 +243,89 @@ def test_errors_say_what_to_do(tmp_path: Path) -> None:
         Series("s", [1], {str(i): [1.0] for i in range(9)}, "")
 
 
-def test_command_line(run_dir: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(REPO / "tools" / "report.py")]
-    environment = {"PYTHONPATH": str(REPO), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+def test_command_line_without_images(run_dir: Path, tmp_path: Path) -> None:
     output = tmp_path / "page.html"
     words = [str(run_dir), "--output", str(output), "--samples", "2", "--no-images"]
-    done = subprocess.run([*command, *words], env=environment, capture_output=True, text=True, check=True)
+    environment = {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(REPO / "tools" / "report.py"), *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(output)
     page = Page(output.read_text()).root
     assert len(page.all("article")) == 2
     assert not page.all("img")
-    failed = subprocess.run([*command, str(run_dir)], env=environment, capture_output=True, text=True, check=False)
-    assert failed.returncode == 2
-    assert failed.stderr.startswith("error: ")
-    assert "--no-images" in failed.stderr
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.31, 0.32), (-3, 17), (1e-9, 3e-6), (5e5, 7e6), (2, 2)])
-def test_ticks_cover_the_data_and_are_few(low: float, high: float) -> None:
-    ticks = nice_ticks(low, high)
-    assert ticks[0] <= low <= high <= ticks[-1]
-    assert 2 <= len(ticks) <= 7
-    inside = nice_ticks(low, high, inside=True)
-    assert all(low <= tick <= high for tick in inside)
+def test_command_line_says_what_it_cannot_open(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main = runpy.run_path(str(REPO / "tools" / "report.py"))["main"]
+    assert main([str(run_dir)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: model.path: no config.json in 'checkpoints/digits-1m'")
+    assert "--no-images" in error
 
 
-def test_long_curves_are_thinned_and_gaps_stay_gaps() -> None:
-    steps = list(range(1, 10_001))
-    chart = line_chart([Line("a", steps, [math.sin(step / 500) for step in steps])])
-    hover = json.loads(Page(chart).root.all("svg")[0].attributes["data-hover"] or "")
-    assert len(hover["x"]) <= 240
-    assert hover["label"][-1] == "step 10000"
-    path = Page(line_chart([Line("a", [1, 2, 3, 4], [1, 2, math.nan, 4])])).root.all("path")[0].attributes["d"] or ""
-    assert path.count("M") == 2
-
-
-def test_stacked_bars_keep_the_sum() -> None:
-    steps = list(range(1, 100))
-    parts = {"a": [1.0] * 99, "b": [float(step % 2) for step in steps]}
-    chart = Page(stacked_bars(steps, parts)).root
-    hover = json.loads(chart.all("svg")[0].attributes["data-hover"] or "")
-    assert len(hover["x"]) <= 40
-    assert hover["label"][0] == "step 1–3, mean"
-    # The gap between parts is 0.7 pixels of each.
-    heights = [float(bar.attributes["height"] or 0) + 0.7 for bar in chart.all("rect")]
-    assert len(heights) == 2 * len(hover["x"])
-    assert sum(heights[1::2]) / sum(heights[::2]) == pytest.approx(50 / 99, rel=2e-3)
-
-
-def test_numbers_for_reading() -> None:
-    values = (0.0, 0.7033, 1234.5, 31_234, 2.5e6, 1.83e-6, -0.00282, math.nan)
-    assert [number_text(value) for value in values] == [
-        *("0", "0.703", "1234", "31.2k", "2.5M", "1.83e−6", "−0.00282", "nan"),
+def test_command_line_rebuilds_the_pictures_of_the_training_rows(tmp_path: Path) -> None:
+    keys = [ImageKey("train", row, 0, 0, "original") for row in range(4)]
+    buffers = [io.BytesIO() for _ in keys]
+    for key, buffer in zip(keys, buffers, strict=True):
+        image(key).save(buffer, "PNG")
+    rows = [
+        {
+            "data_source": "digits",
+            "prompt": [{"role": "user", "content": "<image>What is the sum?"}],
+            "images": [{"bytes": buffer.getvalue(), "path": None}],
+            "reward_model": {"style": "rule", "ground_truth": "7"},
+        }
+        for buffer in buffers
     ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
+    base = example_config(tmp_path / "run", 1)
+    config = dataclasses.replace(
+        base,
+        model=dataclasses.replace(base.model, path=write_tiny_checkpoint(tmp_path / "checkpoint")),
+        data=dataclasses.replace(base.data, train=(str(tmp_path / "train.parquet"),)),
+        trainer=dataclasses.replace(base.trainer, seed=5),
+    )
+    source = PromptSource(
+        config.data.train,
+        split="train",
+        model_path=config.model.path,
+        data=config.data,
+        model=config.model,
+        perception=config.perception,
+        seed=config.trainer.seed,
+    )
+    samples, seen = answers(1, np.random.default_rng(0))
+    asked = source.take(4, 4)
+    samples = [dataclasses.replace(sample, prompt=asked[i // 5]) for i, sample in enumerate(samples)]
+    log = RunLog(
+        tmp_path / "run",
+        rank=0,
+        config=config,
+        plan_dict={},
+        total_steps=1,
+        decode_token=str,
+        describe_view=source.view_name,
+    )
+    with log.step(1) as record:
+        record.add({"reward/mean": 0.5})
+    log.samples(1, samples, seen)
+    assert runpy.run_path(str(REPO / "tools" / "report.py"))["main"]([str(tmp_path / "run")]) == 0
+    page = Page((tmp_path / "run" / "report.html").read_text()).root
+    chosen = choose_samples(tmp_path / "run", 6)
+    expected = [
+        source.image(sample.image(0, view)) for sample in chosen for view in (VIEWS if sample.gated else VIEWS[:1])
+    ]
+    pictures = [(node.attributes["src"] or "").removeprefix("data:image/png;base64,") for node in page.all("img")]
+    assert len(pictures) == len(expected) == 10
+    for data, picture in zip(pictures, expected, strict=True):
+        found = Image.open(io.BytesIO(base64.b64decode(data)))
+        assert np.array_equal(np.asarray(found), np.asarray(picture))
+
+
+def test_large_pictures_are_scaled_down(tmp_path: Path, run_dir: Path) -> None:
+    large = Image.effect_mandelbrot((1600, 900), (-2, -1.2, 1, 1.2), 40).convert("RGB")
+    write_report(run_dir, tmp_path / "report.html", images=lambda key: large)
+    picture = Page((tmp_path / "report.html").read_text()).root.all("img")[0]
+    assert (picture.attributes["width"], picture.attributes["height"]) == ("512", "288")
+    assert (picture.attributes["src"] or "").startswith("data:image/jpeg;base64,")
+    assert "tiny" not in picture.classes

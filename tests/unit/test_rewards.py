@@ -205,7 +205,7 @@ def test_expensive_answers_are_capped_at_once(answer):
     assert not equivalent(answer, "7.5")
     assert equivalent(answer, answer), "equal strings need no sympy"
     assert refusal(answer, answer) is None
-    assert time.perf_counter() - start < 0.2
+    assert time.perf_counter() - start < 1.0
 
 
 @pytest.mark.parametrize("answer", ["1" * 40, "2^{9999}", "x^{2}+y^{10}", "(" * 20 + "x" + ")" * 20, r"5\!", "x" * 256])

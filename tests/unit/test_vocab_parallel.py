@@ -294,6 +294,19 @@ def test_logits_exist_for_one_chunk_and_the_weight_is_never_upcast_as_a_whole() 
     assert weight.grad is not None
 
 
+def test_a_frozen_head_costs_no_gradient_of_its_weight() -> None:
+    hidden, weight = torch.randn(3, 8, requires_grad=True), torch.randn(1000, 8)
+    options: dict[str, Any] = {"group": None, "vocab_size": 1000, "chunk_bytes": 1}
+    outputs = [
+        *linear_statistics(hidden, weight, torch.tensor([0, 7, 999]), **options),
+        linear_divergence(hidden, hidden.flip(0), weight, **options),
+    ]
+    with LargestTensor() as largest:
+        backward(outputs)
+    assert largest.numel < weight.numel()
+    assert hidden.grad is not None
+
+
 def test_no_rows() -> None:
     hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
     targets = torch.zeros(0, dtype=torch.long)

@@ -1,0 +1,71 @@
+"""Starts the ranks of a run on this machine, one process each, and ends them together.
+
+On a cluster the scheduler starts the ranks (one task per GPU) and this module is not used.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+GRACE_SECONDS = 10.0
+
+
+def run_ranks(command: Sequence[str], *, num_ranks: int, environment: dict[str, str]) -> int:
+    """Run `command` as ranks 0 ... num_ranks - 1; returns 0, or the exit status of the first rank that failed.
+
+    When one rank fails, the others are told to end, and killed after a grace period. Rendezvous is on loopback.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = environment | {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [
+        subprocess.Popen(command, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(num_ranks)
+    ]
+    try:
+        return _wait(ranks)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    finally:
+        _end(ranks)
+
+
+def rank_command(arguments: Sequence[str]) -> list[str]:
+    """The command of one rank: this interpreter, the trainer, the user's arguments."""
+    return [sys.executable, "-m", "megatron_cppo.train", *arguments]
+
+
+def loopback_interface() -> dict[str, str]:
+    """What gloo must be told, or it resolves the host's name, which need not lead to this machine."""
+    return {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+    while True:
+        states = [rank.poll() for rank in ranks]
+        failed = [state for state in states if state]
+        if failed:
+            return failed[0] if failed[0] > 0 else 128 - failed[0]
+        if all(state == 0 for state in states):
+            return 0
+        time.sleep(0.1)
+
+
+def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    running = [rank for rank in ranks if rank.poll() is None]
+    for rank in running:
+        rank.terminate()
+    deadline = time.monotonic() + GRACE_SECONDS
+    for rank in running:
+        try:
+            rank.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.kill(rank.pid, signal.SIGKILL)
+            rank.wait()
