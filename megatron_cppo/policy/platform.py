@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 _active = ""
@@ -78,6 +79,9 @@ class _InertStream:
 
 
 def _replace_cuda_calls() -> None:
+    # `with torch.device(...)` recognises factories by identity, from a set that is made at its first use. It must hold
+    # the true ones, or the context has no effect, and Hugging Face loads models with uninitialised buffers.
+    _device_constructors()
     for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     cuda: Any = torch.cuda
