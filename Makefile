@@ -24,7 +24,7 @@ help:
 	@echo '  PIP_ARGS="--index-url URL"    added to pip install, for example an index with CPU builds of torch'
 
 demo: $(STAMP)
-	$(BIN)/python examples/digits_demo.py
+	$(BIN)/python -m examples.digits_demo
 
 # One thread a process: the distributed tests run several at once.
 test: export OMP_NUM_THREADS ?= 1
