@@ -1,8 +1,8 @@
 """Reads a checkpoint's config.json into the numbers that the plan and the policy need. Standard library only.
 
 Transformers 4.x writes the text fields at the top level or under `text_config`, with `rope_theta` and `rope_scaling`;
-5.x writes `text_config.rope_parameters`. Both are read. `tie_word_embeddings` is the top-level one: the default of
-`text_config` is wrong for real checkpoints.
+5.x writes `text_config.rope_parameters`. Both are read. Embeddings are tied where either level says so, as in
+transformers: 4.x may leave the top-level `tie_word_embeddings` out.
 """
 
 from __future__ import annotations
@@ -80,9 +80,11 @@ def read(folder: str) -> ModelShape:
     if not path.is_file():
         raise ConfigError(f"model.path: {folder!r} holds no config.json; give a Hugging Face checkpoint folder")
     try:
-        top: dict[str, Any] = json.loads(path.read_text())
+        top: Any = json.loads(path.read_text())
     except ValueError as error:
         raise ConfigError(f"model.path: {path} is not JSON ({error}); copy the checkpoint again") from error
+    if not isinstance(top, dict):
+        raise ConfigError(f"model.path: {path} is not a JSON object; copy the checkpoint again")
     if top.get("model_type") not in FAMILIES:
         raise ConfigError(f"model.path: model_type {top.get('model_type')!r} is not one of {', '.join(FAMILIES)}")
     try:
@@ -93,7 +95,7 @@ def read(folder: str) -> ModelShape:
 
 def _shape(top: dict[str, Any]) -> ModelShape:
     text, vision = top.get("text_config", top), top["vision_config"]
-    rope = text.get("rope_parameters") or {"rope_theta": text.get("rope_theta"), **(text.get("rope_scaling") or {})}
+    rope = text.get("rope_parameters") or {"rope_theta": text["rope_theta"], **(text.get("rope_scaling") or {})}
     return ModelShape(
         family=top["model_type"],
         num_layers=text["num_hidden_layers"],
@@ -106,7 +108,7 @@ def _shape(top: dict[str, Any]) -> ModelShape:
         norm_epsilon=text["rms_norm_eps"],
         rope_theta=float(rope["rope_theta"]),
         mrope_section=tuple(rope["mrope_section"]),
-        tied=bool(top.get("tie_word_embeddings", False)),
+        tied=bool(top.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
         image_token_id=top["image_token_id"],
         vision=VisionShape(
             depth=vision["depth"],

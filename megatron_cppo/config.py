@@ -232,16 +232,19 @@ def save(config: Config, path: Path) -> None:
     path.write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
 
 
-def flags(saved: dict[str, dict[str, Any]]) -> list[str]:
+def flags(saved: Any) -> list[str]:
     """The command-line flags that say what a saved config.json says, so that one strict parser reads both.
 
     Raises ConfigError when the JSON is not two levels of sections and fields.
     """
+    if not isinstance(saved, dict):
+        raise ConfigError(f"config.json: must be an object of sections, got {saved!r}")
     words: list[str] = []
     for section, fields in saved.items():
         if not isinstance(fields, dict):
             raise ConfigError(f"config.json: section '{section}' must be an object of fields, got {fields!r}")
         for name, value in fields.items():
-            words.append(f"--{section}.{name}")
-            words += [str(item) for item in value] if isinstance(value, list) else [str(value)]
+            flag = f"--{section}.{name}"
+            # With "=", a text that looks like a flag is still a text.
+            words += [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
     return words

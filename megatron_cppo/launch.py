@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from types import FrameType
 
 GRACE_SECONDS = 10.0
 
@@ -19,22 +20,24 @@ GRACE_SECONDS = 10.0
 def run_ranks(command: Sequence[str], *, num_ranks: int, environment: dict[str, str]) -> int:
     """Run `command` as ranks 0 ... num_ranks - 1; returns 0, or the exit status of the first rank that failed.
 
-    When one rank fails, the others are told to end, and killed after a grace period. Rendezvous is on loopback.
+    When one rank fails, or this process is told to end, the others are told so too, and killed after a grace period.
+    Rendezvous is on loopback. To be called from the main thread.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = environment | {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [
-        subprocess.Popen(command, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(num_ranks)
-    ]
+    previous = signal.signal(signal.SIGTERM, _exit)  # by default this process would end and leave its ranks behind
+    ranks: list[subprocess.Popen[bytes]] = []
     try:
+        for rank in range(num_ranks):
+            ranks.append(subprocess.Popen(command, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}))
         return _wait(ranks)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     finally:
         _end(ranks)
+        signal.signal(signal.SIGTERM, previous)
 
 
 def rank_command(arguments: Sequence[str]) -> list[str]:
@@ -45,6 +48,10 @@ def rank_command(arguments: Sequence[str]) -> list[str]:
 def loopback_interface() -> dict[str, str]:
     """What gloo must be told, or it resolves the host's name, which need not lead to this machine."""
     return {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
+
+
+def _exit(number: int, _: FrameType | None) -> None:
+    sys.exit(128 + number)
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:

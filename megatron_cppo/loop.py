@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from megatron_cppo.algo.objective import OBJECTIVES
 from megatron_cppo.config import Config
-from megatron_cppo.data.packing import build_batch
+from megatron_cppo.data.packing import build_batch, rows_per_rank
 from megatron_cppo.evaluate import Evaluation
 from megatron_cppo.plan import Plan
 from megatron_cppo.rewards.scoring import describe
@@ -45,11 +45,12 @@ def reinforce(run: Run) -> None:
         step += 1
         checks = step == 1 and config.trainer.self_check
         with log.step(step) as record:
-            with record.span("rollout"):
+            with record.span("rollout"), log.phase("rollout", plan.samples_per_step // plan.num_ranks) as advance:
                 groups = engine.generate(
                     _prompts(run, step),
                     samples_per_prompt=config.rollout.samples_per_prompt,
                     temperature=config.rollout.temperature,
+                    advance=advance,
                 )
             with record.span("reward"):
                 groups = run.reward(groups)
@@ -58,8 +59,8 @@ def reinforce(run: Run) -> None:
                 batch = _plan_batch(run, groups, score=checks or plan.scores_old_logp or plan.uses_reference)
             with record.span("score"):
                 scored = policy.score(batch, old=checks or plan.scores_old_logp, reference=plan.uses_reference)
-            with record.span("update"):
-                metrics = policy.update(scored)
+            with record.span("update"), log.phase("update", rows_per_rank(batch)) as advance:
+                metrics = policy.update(scored, advance)
             record.add(metrics)
             if checks:
                 _check(run, scored, metrics)

@@ -132,8 +132,8 @@ def _layout_problems(config: Config, shape: ModelShape | None) -> list[str]:
     problems = []
     if policy.pipeline_parallel != 1:
         problems.append(f"policy.pipeline_parallel: {policy.pipeline_parallel} stages are not supported yet; use 1")
-    if policy.tensor_parallel < 1 or ranks < 1 or ranks % max(model_ranks, 1):
-        nearest = max(1, round(ranks / max(model_ranks, 1))) * max(model_ranks, 1)
+    if min(model_ranks, ranks) >= 1 and ranks % model_ranks:
+        nearest = max(1, round(ranks / model_ranks)) * model_ranks
         problems.append(
             f"trainer.num_gpus: {ranks} ranks cannot be cut into replicas of {model_ranks} "
             f"(TP {policy.tensor_parallel} x PP {policy.pipeline_parallel}); use {nearest}"
@@ -144,26 +144,25 @@ def _layout_problems(config: Config, shape: ModelShape | None) -> list[str]:
         problems.append("policy.precision: the cpu platform computes in fp32; use --policy.precision fp32")
     if shape is None or policy.tensor_parallel < 1:
         return problems
-    for name, count in (("attention heads", shape.num_heads), ("key/value heads", shape.num_kv_heads)):
-        if count % policy.tensor_parallel:
-            nearest = nearest_divisor(count, policy.tensor_parallel)
-            problems.append(
-                f"policy.tensor_parallel: {policy.tensor_parallel} does not divide the model's {count} {name}; "
-                f"use {nearest}"
-            )
-    if shape.ffn_size % policy.tensor_parallel:
-        nearest = nearest_divisor(shape.ffn_size, policy.tensor_parallel)
+    counts = {
+        "attention heads": shape.num_heads,
+        "key/value heads": shape.num_kv_heads,
+        "feed-forward channels": shape.ffn_size,
+    }
+    undivided = [f"{count} {name}" for name, count in counts.items() if count % policy.tensor_parallel]
+    if undivided:
+        nearest = nearest_divisor(math.gcd(*counts.values()), policy.tensor_parallel)
         problems.append(
-            f"policy.tensor_parallel: {policy.tensor_parallel} does not divide the model's feed-forward size "
-            f"{shape.ffn_size}; use {nearest}"
+            f"policy.tensor_parallel: {policy.tensor_parallel} does not divide the model's {', '.join(undivided)}; "
+            f"use {nearest}"
         )
     return problems
 
 
 def _batch_problems(config: Config) -> list[str]:
     trainer, problems = config.trainer, []
-    if trainer.prompts_per_step < 1 or trainer.prompts_per_step % max(trainer.updates_per_step, 1):
-        nearest = nearest_divisor(max(trainer.prompts_per_step, 1), trainer.updates_per_step)
+    if trainer.prompts_per_step >= 1 and trainer.prompts_per_step % max(trainer.updates_per_step, 1):
+        nearest = nearest_divisor(trainer.prompts_per_step, trainer.updates_per_step)
         problems.append(
             f"trainer.updates_per_step: {trainer.updates_per_step} does not divide prompts_per_step "
             f"{trainer.prompts_per_step}; use {nearest}"
@@ -195,9 +194,12 @@ _BOUNDS: tuple[tuple[str, str, float, float], ...] = (
     ("rollout", "max_response_tokens", 1, math.inf),
     ("rollout", "temperature", 1e-6, math.inf),
     ("rollout", "max_sequences", 1, math.inf),
+    ("policy", "tensor_parallel", 1, math.inf),
     ("optimizer", "learning_rate", 0, math.inf),
     ("optimizer", "max_grad_norm", 0, math.inf),
+    ("trainer", "num_gpus", 1, math.inf),
     ("trainer", "num_steps", 1, math.inf),
+    ("trainer", "prompts_per_step", 1, math.inf),
     ("trainer", "updates_per_step", 1, math.inf),
     ("trainer", "keep_checkpoints", 1, math.inf),
     ("trainer", "evaluation_samples", 1, math.inf),
@@ -212,6 +214,10 @@ def _value_problems(config: Config) -> list[str]:
         value = getattr(getattr(config, section), name)
         if not low <= value <= high:
             problems.append(f"{section}.{name}: {value} is outside [{low}, {high}]; use {min(max(value, low), high)}")
+    if config.algorithm.dual_clip and config.algorithm.dual_clip <= 1:
+        problems.append(
+            f"algorithm.dual_clip: {config.algorithm.dual_clip} must exceed 1, or be 0 to turn it off; 3.0 is usual"
+        )
     if config.model.min_pixels > config.model.max_pixels:
         problems.append(
             f"model.min_pixels: {config.model.min_pixels} exceeds model.max_pixels {config.model.max_pixels}; lower it"

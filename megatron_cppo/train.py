@@ -42,11 +42,11 @@ TIMEOUT = timedelta(minutes=30)
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, 2 for a mistake of the user, else what a failing rank returned."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    check = "--check" in words
+    words = [word for word in words if word != "--check"]
     if not words or words[0] in ("-h", "--help"):
         _show_help(words)
         return 0 if words else USER_ERROR
-    check = "--check" in words
-    words = [word for word in words if word != "--check"]
     try:
         config = read_config(words[0], words[1:])
         plan = resolve(config)
@@ -76,10 +76,13 @@ def read_config(recipe: str, flags: Sequence[str]) -> Config:
         assert spec is not None, f"{path} cannot be a module"
         assert spec.loader is not None, f"{path} has no loader"
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses of the recipe look their module up
         spec.loader.exec_module(module)
         if not hasattr(module, "config"):
             raise ConfigError(f"recipe {recipe!r} has no function config() -> Config; add one")
         start = module.config()
+        if not isinstance(start, Config):
+            raise ConfigError(f"recipe {recipe!r}: config() must return a Config, got {start!r}; return Config(...)")
     else:
         try:
             earlier = configuration.flags(json.loads(path.read_text()))

@@ -34,6 +34,11 @@ def segment_tokens(sample: Sample) -> int:
     return len(sample.prompt.token_ids) + len(sample.token_ids) - 1
 
 
+def rows_per_rank(batch: Batch) -> int:
+    """Packed rows that each data-parallel rank runs in the batch's updates."""
+    return sum(len(mini.microbatches[0]) for mini in batch.updates)
+
+
 def build_batch(
     groups: Sequence[Group],
     *,

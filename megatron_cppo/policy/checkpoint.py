@@ -73,8 +73,11 @@ def load(trained: Trained, folder: Path) -> dict[str, Any] | None:
     newest = checkpoints[-1]
     state = dist_checkpointing.load(_sharded_state(trained, loading=True), str(newest))
     trained.model.load_state_dict(state["model"], strict=True)
-    trained.optimizer.load_state_dict(state["optimizer"])
     trained.schedule.load_state_dict(state["schedule"])
+    if trained.schedule.num_steps:  # before any update Adam is what it is when made, and Megatron-Core cannot load it
+        with torch.no_grad():  # the distributed optimizer copies into views of parameters
+            trained.optimizer.load_state_dict(state["optimizer"])
+    restore_adam_steps(trained)
     random = state["random"]
     torch.set_rng_state(random["torch"])
     get_cuda_rng_tracker().set_states(random["megatron"])
@@ -88,7 +91,7 @@ def _sharded_state(trained: Trained, *, loading: bool) -> dict[str, Any]:
     random = {"torch": torch.get_rng_state(), "megatron": get_cuda_rng_tracker().get_states()}
     return {
         "model": model,
-        "optimizer": optimizer_state_without_te(trained, model, loading=loading),
+        "optimizer": _optimizer_state(trained, model, loading=loading),
         "schedule": trained.schedule.state_dict(),
         "random": ShardedObject("random", random, (dist.get_world_size(),), (rank,)),
     }
@@ -99,25 +102,38 @@ def _without_extra_state(state: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
 
 
-def optimizer_state_without_te(trained: Trained, model: dict[str, Any], *, loading: bool) -> dict[str, Any]:
-    """The optimizer's sharded state. Without TE or Apex its `state_dict` needs per-parameter steps to exist.
-
-    Megatron-Core 0.16.1 reads torch's Adam `step` before any update has made it (IndexError at a fresh optimizer);
-    its own dummy initialisation, meant for loading, makes the state without changing a parameter.
-    """
-    for optimizer in getattr(trained.optimizer, "chained_optimizers", [trained.optimizer]):
-        if not optimizer.optimizer.state:
-            _initialise(optimizer)
+def _optimizer_state(trained: Trained, model: dict[str, Any], *, loading: bool) -> dict[str, Any]:
+    initialise_adam(trained)
     return trained.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_OPTIMIZER_FORMAT)
 
 
-def _initialise(optimizer: Any) -> None:
-    rates = [(group["lr"], group["weight_decay"]) for group in optimizer.optimizer.param_groups]
-    for group in optimizer.optimizer.param_groups:
-        group["lr"] = group["weight_decay"] = 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.optimizer.step()
-    optimizer.optimizer.zero_grad()
-    for group, (rate, decay) in zip(optimizer.optimizer.param_groups, rates, strict=True):
-        group["lr"], group["weight_decay"] = rate, decay
+def initialise_adam(trained: Trained) -> None:
+    """Make the state that Adam would make at its first update, where it has not come yet; changes nothing else.
+
+    Megatron-Core 0.16.1 makes the moments, but not the `step` of torch's Adam (used without TE and Apex), and then
+    fails to save or load it (IndexError, KeyError).
+    """
+    for inner in _inner_optimizers(trained):
+        inner.init_state_fn(inner.optimizer, inner.config)
+        for state in _torch_adam_states(inner):
+            state.setdefault("step", torch.zeros(()))
+
+
+def restore_adam_steps(trained: Trained) -> None:
+    """After a load, give each parameter of torch's Adam a `step` of its own, the number of updates so far.
+
+    Megatron-Core 0.16.1 loads one tensor for all parameters, which each of them then increments, and overwrites it
+    with what the fresh optimizer had. No update is ever skipped, so the schedule has counted them.
+    """
+    for inner in _inner_optimizers(trained):
+        for state in _torch_adam_states(inner):
+            state["step"] = torch.tensor(float(trained.schedule.num_steps))
+
+
+def _inner_optimizers(trained: Trained) -> list[Any]:
+    return getattr(trained.optimizer, "chained_optimizers", [trained.optimizer])
+
+
+def _torch_adam_states(inner: Any) -> list[dict[str, Any]]:
+    """Every parameter's state, where the optimizer is torch's Adam; TE's and Apex's keep no step in there."""
+    return list(inner.optimizer.state.values()) if isinstance(inner.optimizer, torch.optim.Adam) else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,10 @@ from megatron_cppo.policy.model import HeadSettings
 from megatron_cppo.policy.reference import Reference
 from megatron_cppo.policy.vision import Pixels
 from megatron_cppo.types import Batch, MicroBatch, SampleStatistics
+
+
+def _ignore(_: int) -> None:
+    """Progress that nobody watches."""
 
 
 class Policy:
@@ -63,12 +67,15 @@ class Policy:
                 batch = dataclasses.replace(batch, reference_logp=step.score(self.trained, batch, head=head))
         return batch
 
-    def update(self, batch: Batch) -> dict[str, float]:
-        """One optimizer update per mini-batch; returns metrics, averaged over the updates, the same on all ranks."""
+    def update(self, batch: Batch, advance: Callable[[int], None] = _ignore) -> dict[str, float]:
+        """One optimizer update per mini-batch; returns metrics, averaged over the updates, the same on all ranks.
+
+        `advance(n)` hears of n more packed rows of this rank.
+        """
         self._statistics = []
         every = []
         for mini in batch.updates:
-            metrics, statistics = step.update(self.trained, batch, mini, self._settings)
+            metrics, statistics = step.update(self.trained, batch, mini, self._settings, advance)
             every.append(metrics)
             self._statistics += statistics
         names = sorted({name for metrics in every for name in metrics})

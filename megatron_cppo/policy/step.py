@@ -116,7 +116,7 @@ def score(trained: Trained, batch: Batch, *, head: HeadSettings) -> tuple[Tensor
 
 
 def update(
-    trained: Trained, batch: Batch, mini: MiniBatch, settings: LossSettings
+    trained: Trained, batch: Batch, mini: MiniBatch, settings: LossSettings, advance: Callable[[int], None]
 ) -> tuple[dict[str, float], list[SampleStatistics]]:
     """One optimizer update on `mini`. Returns its metrics (the same on all ranks) and this rank's statistics."""
     groups = trained.model.groups
@@ -127,6 +127,7 @@ def update(
         tokens = response_tokens(row, batch, trained.model.device)
         outcome = settings.objective.loss(tokens, head, counts, settings.algorithm, settings.perception)
         _add_engine_gap(row, batch, tokens, outcome)
+        advance(1)
         return outcome.loss, (row, outcome)
 
     trained.wrapped.zero_grad_buffer()

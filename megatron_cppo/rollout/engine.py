@@ -6,7 +6,7 @@ the policy that sends the weights is laid out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -26,13 +26,20 @@ class Engine(Protocol):
     """
 
     def generate(
-        self, prompts: Sequence[Prompt], *, samples_per_prompt: int, temperature: float, salt: int = 0
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        samples_per_prompt: int,
+        temperature: float,
+        salt: int = 0,
+        advance: Callable[[int], None] | None = None,
     ) -> list[Group]:
         """One group of `samples_per_prompt` answers for each prompt, in the order of the prompts, on every rank.
 
         The same (seed of the engine, `salt`, prompt, sample index) gives the same answer whatever else is in the
         batch; another `salt` gives other answers. `Sample.logp` is per token, in nats, of the distribution that was
-        sampled from. Raises EngineError while the weights are incomplete or the engine is asleep.
+        sampled from. `advance(n)` hears of n more answers of this rank's share. Raises EngineError while the weights
+        are incomplete or the engine is asleep.
         """
         ...
 

@@ -47,6 +47,7 @@ class _Sampling:
     samples_per_prompt: int
     temperature: float
     salt: int
+    advance: Callable[[int], None]
 
 
 @dataclass(slots=True)
@@ -136,7 +137,13 @@ class TransformersEngine:
         self._awake = True
 
     def generate(
-        self, prompts: Sequence[Prompt], *, samples_per_prompt: int, temperature: float, salt: int = 0
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        samples_per_prompt: int,
+        temperature: float,
+        salt: int = 0,
+        advance: Callable[[int], None] | None = None,
     ) -> list[Group]:
         """One group of answers for each prompt, the same list on every rank; see `Engine.generate`."""
         if self._version is None:
@@ -147,7 +154,7 @@ class TransformersEngine:
             raise EngineError(
                 f"need samples_per_prompt >= 1 and temperature >= 0, got {samples_per_prompt} and {temperature}"
             )
-        sampling = _Sampling(samples_per_prompt, temperature, salt)
+        sampling = _Sampling(samples_per_prompt, temperature, salt, advance or _ignore)
         version = self._version
         answers = self._gather(self._answer(self._own_block(prompts), sampling))
         return [
@@ -206,7 +213,7 @@ class TransformersEngine:
             prefilled = self._prefill([prompts[i] for i in chunk])
             for first in range(0, sampling.samples_per_prompt, num_samples):
                 indices = range(first, min(first + num_samples, sampling.samples_per_prompt))
-                decoded = self._decode(self._repeat(prefilled, indices, sampling), sampling.temperature)
+                decoded = self._decode(self._repeat(prefilled, indices, sampling), sampling)
                 for place, i in enumerate(chunk):
                     answers[i] += decoded[place * len(indices) : (place + 1) * len(indices)]
         return answers
@@ -273,8 +280,9 @@ class TransformersEngine:
             ended_B=torch.zeros(num_rows, dtype=torch.bool, device=device),
         )
 
-    def _decode(self, batch: _Batch, temperature: float) -> list[_Answer]:
+    def _decode(self, batch: _Batch, sampling: _Sampling) -> list[_Answer]:
         """Decode a batch to its end, one answer for each of its samples."""
+        temperature = sampling.temperature
         num_samples, limit = len(batch.sample_B), self._max_response_tokens
         token_RT = torch.zeros(num_samples, limit, dtype=torch.long, device=self._device)
         logp_RT = torch.zeros(num_samples, limit, device=self._device)
@@ -291,8 +299,10 @@ class TransformersEngine:
             length_R[batch.sample_B[ends_B]] = step + 1
             truncated_R[batch.sample_B[ends_B]] = False
             batch.ended_B |= ends_B
+            sampling.advance(int(ends_B.sum()))
             row_B = (~batch.ended_B).nonzero().squeeze(1)
             if len(row_B) == 0 or step == limit - 1:
+                sampling.advance(len(row_B))
                 break
             if len(row_B) < _COMPACT_BELOW * len(token_B):
                 batch.keep(row_B)
@@ -321,6 +331,10 @@ class TransformersEngine:
             ids = tuple(tokens[:length])
             answers.append(_Answer(ids, tuple(logp[:length]), self._decode_text(ids), truncated))
         return answers
+
+
+def _ignore(_: int) -> None:
+    """Progress that nobody watches."""
 
 
 def _end_ids(model: Any, model_path: Path | str) -> list[int]:

@@ -1,0 +1,232 @@
+"""Training checkpoints: a run that was stopped and restored in new processes goes on as if nothing had happened, to
+the bit: weights, optimizer state, schedule, random numbers and metrics.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_cppo.algo.objective import OBJECTIVES
+from megatron_cppo.data.packing import build_batch
+from tests.distributed import tiny_model
+from tests.distributed.launch import run_distributed
+from tests.distributed.layouts import LAYOUTS, VOCAB, WORLD, checkpoint
+
+CHECKED = ("TP2", "TP2+SP", "DP2", "DP2 distributed optimizer")
+NUM_STEPS = 4
+TRAINING: dict[str, Any] = {
+    "optimizer__learning_rate": 2e-3,
+    "optimizer__warmup_updates": 2,
+    "optimizer__decay": "cosine",
+    "optimizer__weight_decay": 0.1,
+    "optimizer__max_grad_norm": 1.0,
+    "algorithm__beta": 0.05,
+    "trainer__num_steps": NUM_STEPS,
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a training run: restore from a folder (when it holds a checkpoint), train to `until`, save."""
+
+    model: str
+    layout: str
+    folder: Path
+    until: int
+    save_at: tuple[int, ...] = ()
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything that a rank's next update depends on, and what the part logged."""
+
+    resumed_at: int | None
+    progress: dict[str, Any] | None
+    metrics: list[dict[str, float]]
+    weights: dict[str, Tensor]
+    moments: list[dict[str, Tensor]]
+    groups: list[dict[str, Any]]
+    schedule: dict[str, Any]
+    random: list[Tensor]
+    drawn: list[float]
+
+
+def run_parts(rank: int, world_size: int, parts: dict[str, Part]) -> dict[str, State]:
+    """All parts, one after the other, in one process group."""
+    # The checkpoint writer forks; the launcher's ranks are daemons, which may not.
+    multiprocessing.current_process().daemon = False
+    return {name: run_part(part, world_size) for name, part in parts.items()}
+
+
+def run_part(part: Part, world_size: int) -> State:
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    from megatron_cppo.policy import groups as process_groups
+    from megatron_cppo.policy.policy import Policy
+
+    config = tiny_model.make_config(part.model, world_size, **{**TRAINING, **LAYOUTS[part.layout]})
+    plan = tiny_model.make_plan(config)
+    torch.manual_seed(11)
+    policy = Policy(config, plan, pixels=tiny_model.pixels, banned_ids=tiny_model.BANNED)
+    progress = policy.restore(part.folder)
+    step = progress["step"] if progress else 0
+    metrics, drawn = [], []
+    if step == 0 and 0 in part.save_at:
+        policy.save(part.folder, at_step=0, progress={"rows": 0}, keep=part.keep)
+    while step < part.until:
+        batch = build_batch(
+            tiny_model.make_groups(4, 2, vocab_size=VOCAB, first_row=4 * step),
+            views_for=OBJECTIVES[config.algorithm.objective].views_for,
+            num_updates=1,
+            data_parallel=plan.data_parallel,
+            max_tokens=plan.max_tokens_per_microbatch,
+            row_multiple=plan.row_multiple,
+            score=True,
+        )
+        metrics.append(policy.update(policy.score(batch, old=False, reference=False)))
+        drawn.append(float(torch.rand(())))
+        with get_cuda_rng_tracker().fork():
+            drawn.append(float(torch.rand(())))
+        step += 1
+        if step in part.save_at:
+            policy.save(part.folder, at_step=step, progress={"rows": 4 * step}, keep=part.keep)
+    state = snapshot(policy, progress, metrics, drawn)
+    process_groups.destroy()
+    return state
+
+
+def snapshot(policy: Any, progress: dict[str, Any] | None, metrics: list[Any], drawn: list[float]) -> State:
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    optimizers = [inner.optimizer for inner in policy.trained.optimizer.chained_optimizers]
+    param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    return State(
+        resumed_at=progress["step"] if progress else None,
+        progress=progress,
+        metrics=metrics,
+        weights={name: tensor.clone() for name, tensor in policy.weights()},
+        moments=[
+            {name: value.clone() for name, value in optimizer.state[parameter].items()}
+            for optimizer in optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        ],
+        # "step" is Megatron-Core's note for a load; torch's Adam ignores it.
+        groups=[{k: v for k, v in group.items() if k not in ("params", "step")} for group in param_groups],
+        schedule=policy.trained.schedule.state_dict(),
+        random=[torch.get_rng_state(), *get_cuda_rng_tracker().get_states().values()],
+        drawn=drawn,
+    )
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What each rank ended with: in one go, and in the two halves; and what the parent saw on disk in between."""
+
+    whole: dict[str, list[State]]
+    halves: dict[str, tuple[list[State], list[State]]]
+    late: dict[str, list[State]]
+    listings: dict[str, list[list[str]]]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    root = tmp_path_factory.mktemp("checkpoints")
+    model = checkpoint(tmp_path_factory.mktemp("hf"))
+    assert all(WORLD[layout] == 2 for layout in CHECKED)
+    folders = {layout: root / layout for layout in CHECKED}
+    parts: dict[str, Part] = {}
+    for layout, folder in folders.items():
+        parts["whole " + layout] = Part(model, layout, root / "none", NUM_STEPS)
+        parts["first " + layout] = Part(model, layout, folder, 2, save_at=(1, 2), keep=1)
+    late = {layout: root / "late" / layout for layout in ("TP2", "DP2 distributed optimizer")}
+    for layout, folder in late.items():
+        parts["early " + layout] = Part(model, layout, folder, 1, save_at=(0,))
+    first = run_distributed(run_parts, 2, parts, timeout_seconds=300)
+    listings = {layout: [names(folder)] for layout, folder in folders.items()}
+    for folder in folders.values():
+        # What a killed run may leave: an unpublished folder, and one that claims more than it holds.
+        (folder / ".partial_000003").mkdir()
+        (folder / ".partial_000003" / "__0_0.distcp").write_bytes(b"half")
+        (folder / "step_000009").mkdir()
+    second_parts = {
+        "second " + layout: Part(model, layout, folder, NUM_STEPS, save_at=(3, 4), keep=2)
+        for layout, folder in folders.items()
+    }
+    second_parts |= {"late " + layout: Part(model, layout, folder, NUM_STEPS) for layout, folder in late.items()}
+    second = run_distributed(run_parts, 2, second_parts, timeout_seconds=300)
+    for layout, folder in folders.items():
+        listings[layout].append(names(folder))
+    return Runs(
+        whole={layout: [rank["whole " + layout] for rank in first] for layout in CHECKED},
+        halves={
+            layout: ([rank["first " + layout] for rank in first], [rank["second " + layout] for rank in second])
+            for layout in CHECKED
+        },
+        late={layout: [rank["late " + layout] for rank in second] for layout in late},
+        listings=listings,
+    )
+
+
+def assert_same(found: State, wanted: State) -> None:
+    assert found.schedule == wanted.schedule
+    assert found.weights.keys() == wanted.weights.keys()
+    differing = [name for name in wanted.weights if not torch.equal(found.weights[name], wanted.weights[name])]
+    assert differing == []
+    assert len(found.moments) == len(wanted.moments) > 0
+    for mine, theirs in zip(found.moments, wanted.moments, strict=True):
+        assert mine.keys() == theirs.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert float(mine["step"]) == float(theirs["step"]) == NUM_STEPS
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert found.groups == wanted.groups
+    assert all(torch.equal(a, b) for a, b in zip(found.random, wanted.random, strict=True))
+
+
+@pytest.mark.parametrize("layout", CHECKED)
+def test_a_restored_run_goes_on_to_the_bit(layout: str, runs: Runs) -> None:
+    for whole, first, second in zip(runs.whole[layout], *runs.halves[layout], strict=True):
+        assert (first.progress, second.progress) == (None, {"step": 2, "rows": 8})
+        assert_same(second, whole)
+        assert first.metrics + second.metrics == whole.metrics
+        assert first.drawn + second.drawn == whole.drawn
+        rates = [metrics["optim/learning_rate"] for metrics in whole.metrics]
+        assert rates[0] < rates[1] > rates[2] > rates[3], f"{rates} is no warm-up and decay"
+        assert not torch.equal(first.weights["model.norm.weight"], second.weights["model.norm.weight"])
+
+
+@pytest.mark.parametrize("layout", ["TP2", "DP2 distributed optimizer"])
+def test_saving_before_any_update_neither_fails_nor_disturbs(layout: str, runs: Runs) -> None:
+    for whole, late in zip(runs.whole[layout], runs.late[layout], strict=True):
+        assert late.progress == {"step": 0, "rows": 0}
+        assert_same(late, whole)
+        assert late.metrics == whole.metrics
+
+
+@pytest.mark.parametrize("layout", CHECKED)
+def test_only_whole_checkpoints_count_and_old_ones_go(layout: str, runs: Runs) -> None:
+    after_first, after_second = runs.listings[layout]
+    assert after_first == ["step_000002"]
+    assert after_second == ["step_000003", "step_000004", "step_000009"]
+
+
+def test_a_folder_without_progress_is_no_checkpoint(tmp_path: Path) -> None:
+    from megatron_cppo.policy.checkpoint import published
+
+    assert published(tmp_path / "absent") == []
+    for name in ("step_000002", "step_000010", "step_1000000", ".partial_000011", "step_000012", "step_x"):
+        (tmp_path / name).mkdir()
+        if name != "step_000012":
+            (tmp_path / name / "progress.json").write_text("{}")
+    assert [path.name for path in published(tmp_path)] == ["step_000002", "step_000010", "step_1000000"]

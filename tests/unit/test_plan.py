@@ -1,0 +1,398 @@
+"""The plan: every problem at once with its cure, every derived number against a count by hand or by transformers."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_cppo import architecture, plan
+from megatron_cppo.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    PolicyConfig,
+    RolloutConfig,
+    TrainerConfig,
+)
+
+VISION = {
+    "depth": 2,
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "out_hidden_size": 96,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
+TEXT = {
+    "vocab_size": 131,
+    "hidden_size": 96,
+    "intermediate_size": 60,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-6,
+}
+IDS = {"model_type": "qwen2_5_vl", "image_token_id": 5, "video_token_id": 8}
+ROPE = {"rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}
+NEW_STYLE: dict[str, Any] = {
+    **IDS,
+    "text_config": {**TEXT, "rope_parameters": {"rope_type": "default", **ROPE}},
+    "vision_config": VISION,
+    "tie_word_embeddings": False,
+}
+OLD_STYLE: dict[str, Any] = {
+    **IDS,
+    **TEXT,
+    "rope_theta": ROPE["rope_theta"],
+    "rope_scaling": {"type": "mrope", "mrope_section": ROPE["mrope_section"]},
+    "vision_config": VISION,
+    "tie_word_embeddings": False,
+}
+NESTED_OLD_STYLE: dict[str, Any] = {
+    **IDS,
+    "text_config": {key: OLD_STYLE[key] for key in (*TEXT, "rope_theta", "rope_scaling")},
+    "vision_config": VISION,
+    "tie_word_embeddings": False,
+}
+STYLES = {"5.x": NEW_STYLE, "4.x": OLD_STYLE, "4.x nested": NESTED_OLD_STYLE}
+
+# The published config.json of Qwen2.5-VL-3B-Instruct and -7B-Instruct, what the shape depends on.
+PUBLISHED: dict[str, Any] = {
+    "model_type": "qwen2_5_vl",
+    "image_token_id": 151655,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1_000_000.0,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+}
+PUBLISHED_VISION = {**VISION, "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}
+QWEN_3B: dict[str, Any] = {
+    **PUBLISHED,
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+    "vision_config": {**PUBLISHED_VISION, "out_hidden_size": 2048},
+}
+QWEN_7B: dict[str, Any] = {
+    **PUBLISHED,
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+    "vision_config": {**PUBLISHED_VISION, "out_hidden_size": 3584},
+}
+
+
+def write(folder: Path, config: dict[str, Any] | str) -> str:
+    (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    return str(folder)
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Config:
+    """A config without problems, of a model of a few thousand parameters on two replicas of TP 2."""
+    rows = tmp_path / "rows.parquet"
+    rows.touch()
+    return Config(
+        model=ModelConfig(path=write(tmp_path, NEW_STYLE)),
+        data=DataConfig(train=(str(rows),), max_prompt_tokens=100),
+        rollout=RolloutConfig(max_response_tokens=29, samples_per_prompt=5),
+        policy=PolicyConfig(tensor_parallel=2, sequence_parallel=True, max_tokens_per_microbatch=384),
+        trainer=TrainerConfig(num_gpus=4, prompts_per_step=12, updates_per_step=3, num_steps=7),
+    )
+
+
+def changed(config: Config, **fields: object) -> Config:
+    """`fields` are named section__field."""
+    for name, value in fields.items():
+        section, field = name.split("__")
+        part = dataclasses.replace(getattr(config, section), **{field: value})
+        config = dataclasses.replace(config, **{section: part})
+    return config
+
+
+def problems(config: Config) -> list[str]:
+    """The problems of `config`, without their numbers, which must count from one."""
+    with pytest.raises(ConfigError) as caught:
+        plan.resolve(config)
+    lines = str(caught.value).splitlines()
+    assert [line.split(".")[0] for line in lines] == [f"  {number}" for number in range(1, len(lines) + 1)]
+    return [line.split(". ", 1)[1] for line in lines]
+
+
+# One wrong choice each: what is said must name it, say what was given, and how to mend it.
+SINGLE_PROBLEMS: dict[str, tuple[dict[str, object], str]] = {
+    "TP divides nothing": (
+        {"policy__tensor_parallel": 7, "trainer__num_gpus": 7},
+        "policy.tensor_parallel: 7 does not divide the model's 12 attention heads, 4 key/value heads, "
+        "60 feed-forward channels; use 4",
+    ),
+    "TP divides heads only": (
+        {"policy__tensor_parallel": 6, "trainer__num_gpus": 6},
+        "policy.tensor_parallel: 6 does not divide the model's 4 key/value heads; use 4",
+    ),
+    "TP below one": ({"policy__tensor_parallel": 0}, "policy.tensor_parallel: 0 is outside [1, inf]; use 1"),
+    "no ranks": ({"trainer__num_gpus": 0}, "trainer.num_gpus: 0 is outside [1, inf]; use 1"),
+    "ranks that do not fit": (
+        {"trainer__num_gpus": 7},
+        "trainer.num_gpus: 7 ranks cannot be cut into replicas of 2 (TP 2 x PP 1); use 8",
+    ),
+    "ranks that do not fit, down": (
+        {"trainer__num_gpus": 9, "policy__tensor_parallel": 4},
+        "trainer.num_gpus: 9 ranks cannot be cut into replicas of 4 (TP 4 x PP 1); use 8",
+    ),
+    "fewer ranks than a replica": (
+        {"trainer__num_gpus": 1},
+        "trainer.num_gpus: 1 ranks cannot be cut into replicas of 2 (TP 2 x PP 1); use 2",
+    ),
+    "SP without TP": (
+        {"policy__tensor_parallel": 1},
+        "policy.sequence_parallel: splits over TP ranks, but tensor_parallel is 1; turn it off",
+    ),
+    "stages": (
+        {"policy__pipeline_parallel": 2},
+        "policy.pipeline_parallel: 2 stages are not supported yet; use 1",
+    ),
+    "bf16 on cpu": (
+        {"policy__device": "cpu"},
+        "policy.precision: the cpu platform computes in fp32; use --policy.precision fp32",
+    ),
+    "capacity": (
+        {"policy__max_tokens_per_microbatch": 383},
+        "policy.max_tokens_per_microbatch: 383 cannot hold the longest sample, 3 views x (data.max_prompt_tokens 100 + "
+        "rollout.max_response_tokens 29 - 1); use at least 384",
+    ),
+    "updates": (
+        {"trainer__updates_per_step": 5},
+        "trainer.updates_per_step: 5 does not divide prompts_per_step 12; use 4",
+    ),
+    "no prompts": ({"trainer__prompts_per_step": 0}, "trainer.prompts_per_step: 0 is outside [1, inf]; use 1"),
+    "warm-up": (
+        {"optimizer__warmup_updates": 21},
+        "optimizer.warmup_updates: 21 leaves no update after the warm-up (the run has 21); use fewer",
+    ),
+    "top fraction": (
+        {"perception__top_fraction": 1.5},
+        "perception.top_fraction: 1.5 is outside [1e-06, 1]; use 1",
+    ),
+    "clip": ({"algorithm__clip_low": -0.1}, "algorithm.clip_low: -0.1 is outside [0, 1]; use 0"),
+    "dual clip": (
+        {"algorithm__dual_clip": 0.5},
+        "algorithm.dual_clip: 0.5 must exceed 1, or be 0 to turn it off; 3.0 is usual",
+    ),
+    "pixels": (
+        {"model__min_pixels": 4000, "model__max_pixels": 3136},
+        "model.min_pixels: 4000 exceeds model.max_pixels 3136; lower it",
+    ),
+    "no views": (
+        {"perception__removing": ()},
+        "perception.preserving and perception.removing need at least one perturbation each",
+    ),
+    "no rows": ({"data__train": ()}, "data.train: no parquet file given; use --data.train FILE [FILE ...]"),
+    "missing rows": ({"data__train": ("/no/rows.parquet",)}, "data.train: /no/rows.parquet does not exist"),
+    "missing evaluation": ({"data__evaluation": ("/no/e.parquet",)}, "data.evaluation: /no/e.parquet does not exist"),
+    "no checkpoint": (
+        {"model__path": "/no/model"},
+        "model.path: '/no/model' holds no config.json; give a Hugging Face checkpoint folder",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SINGLE_PROBLEMS)
+def test_a_wrong_choice_is_one_problem_with_its_cure(name: str, good: Config) -> None:
+    fields, said = SINGLE_PROBLEMS[name]
+    assert problems(changed(good, **fields)) == [said]
+
+
+def test_all_problems_come_at_once(good: Config) -> None:
+    fields: dict[str, object] = {}
+    for name in ("TP divides nothing", "capacity", "warm-up", "pixels", "missing rows", "dual clip", "top fraction"):
+        fields |= SINGLE_PROBLEMS[name][0]
+    found = problems(changed(good, **(fields | {"trainer__num_gpus": 8})))
+    assert len(found) == 8
+    for word in ("divide", "ranks", "hold", "warmup", "pixels", "exist", "dual_clip", "top_fraction"):
+        assert sum(word in text.split(";")[0] for text in found) == 1, (word, found)
+
+
+def test_without_a_checkpoint_the_other_problems_still_come(good: Config) -> None:
+    assert len(problems(changed(good, model__path="", data__train=(), trainer__num_gpus=7))) == 3
+
+
+@pytest.mark.parametrize("wanted", range(1, 9))
+def test_the_tensor_parallel_size_that_is_proposed_works(wanted: int, tmp_path: Path, good: Config) -> None:
+    """28 heads and 4 key/value heads: 7 would suit the heads alone."""
+    path = write(tmp_path, QWEN_7B)
+    config = changed(good, model__path=path, policy__tensor_parallel=wanted, trainer__num_gpus=wanted)
+    if wanted in (2, 4):
+        assert plan.resolve(config).data_parallel == 1
+        return
+    (said,) = problems(config)
+    if wanted == 1:
+        assert said == SINGLE_PROBLEMS["SP without TP"][1]
+        return
+    use = int(said.rsplit("use ", 1)[1])
+    assert plan.resolve(changed(config, policy__tensor_parallel=use, trainer__num_gpus=use)).num_ranks == use
+
+
+BROKEN_CHECKPOINTS: dict[str, tuple[dict[str, Any] | str, str]] = {
+    "cut off": ('{"model_type": "qwen2', "config.json is not JSON .*; copy the checkpoint again"),
+    "not text": ("[1, 2]", "config.json is not a JSON object; copy the checkpoint again"),
+    "other family": ({"model_type": "llama"}, "model_type 'llama' is not one of qwen2_5_vl"),
+    "no family": ({}, "model_type None is not one of"),
+    "missing field": (
+        {key: value for key, value in OLD_STYLE.items() if key != "num_hidden_layers"},
+        "config.json has no field 'num_hidden_layers'; copy the checkpoint again",
+    ),
+    "no vision": (
+        {key: value for key, value in OLD_STYLE.items() if key != "vision_config"},
+        "has no field 'vision_config'",
+    ),
+    "no rope": (
+        {key: value for key, value in OLD_STYLE.items() if not key.startswith("rope")},
+        "has no field 'rope_theta'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_CHECKPOINTS)
+def test_a_broken_checkpoint_is_a_config_error(name: str, tmp_path: Path) -> None:
+    content, said = BROKEN_CHECKPOINTS[name]
+    with pytest.raises(ConfigError, match=f"^model.path: .*{said}"):
+        architecture.read(write(tmp_path, content))
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_both_generations_of_config_files_say_the_same(style: str, tmp_path: Path) -> None:
+    shape = architecture.read(write(tmp_path, STYLES[style]))
+    assert (shape.num_layers, shape.hidden_size, shape.ffn_size, shape.vocab_size) == (2, 96, 60, 131)
+    assert (shape.num_heads, shape.num_kv_heads, shape.head_size) == (12, 4, 8)
+    assert (shape.rope_theta, shape.mrope_section, shape.norm_epsilon) == (10_000.0, (1, 1, 2), 1e-6)
+    assert (shape.family, shape.image_token_id, shape.tied) == ("qwen2_5_vl", 5, False)
+    assert shape.vision == architecture.VisionShape(
+        depth=2,
+        hidden_size=24,
+        ffn_size=48,
+        num_heads=2,
+        out_size=96,
+        patch_size=14,
+        temporal_patch_size=2,
+        merge_size=2,
+    )
+
+
+def test_derived_numbers(good: Config) -> None:
+    found = plan.resolve(good)
+    assert (found.num_ranks, found.data_parallel) == (4, 2)
+    assert found.padded_vocab_size == 132  # 131 over 2
+    assert (found.samples_per_step, found.prompts_per_update, found.num_updates) == (60, 4, 21)
+    assert found.row_multiple == 2
+    assert found.max_tokens_per_microbatch == 384
+    assert (found.longest_sample_tokens, found.views_per_gated_sample) == (3 * (100 + 29 - 1), 3)
+    assert found.uses_reference
+    assert found.scores_old_logp
+    # Without sequence parallelism no row is padded, and one update a step is on-policy.
+    plain = plan.resolve(changed(good, policy__sequence_parallel=False, trainer__updates_per_step=1))
+    assert (plain.row_multiple, plain.scores_old_logp, plain.prompts_per_update) == (1, False, 12)
+    assert not plan.resolve(changed(good, algorithm__beta=0.0)).uses_reference
+    grpo = plan.resolve(changed(good, algorithm__objective="grpo"))
+    assert (grpo.longest_sample_tokens, grpo.views_per_gated_sample, grpo.uses_reference) == (128, 1, True)
+    supervised = plan.resolve(changed(good, algorithm__objective="supervised"))
+    assert (supervised.samples_per_step, supervised.longest_sample_tokens) == (12, 128)
+    assert (supervised.uses_reference, supervised.scores_old_logp) == (False, False)
+
+
+def test_memory_against_a_count_by_hand(good: Config) -> None:
+    """The tiny model's tensors, one by one: weights in bf16, gradients, main weights and two moments in fp32."""
+    qkv, attention_out = 96 * (12 + 2 * 4) * 8 + (12 + 2 * 4) * 8, 12 * 8 * 96
+    layer = qkv + attention_out + 3 * 96 * 60 + 2 * 96
+    language = 2 * 131 * 96 + 2 * layer + 96
+    block = (24 * 72 + 72) + (24 * 24 + 24) + 2 * (24 * 48 + 48) + (48 * 24 + 24) + 2 * 24
+    merger = 24 + (96 * 96 + 96) + (96 * 96 + 96)
+    tower = 3 * 2 * 14 * 14 * 24 + 2 * block + merger
+    found = plan.resolve(good)
+    assert found.num_parameters == language + tower
+    local = language / 2 + tower  # TP 2; every rank holds the tower
+    gib = 2**30
+    assert found.memory == plan.Memory(
+        weights_gib=pytest.approx(2 * local / gib),
+        gradients_gib=pytest.approx(4 * local / gib),
+        optimizer_gib=pytest.approx(12 * local / 2 / gib),  # over DP 2
+        reference_device_gib=pytest.approx(2 * local / gib),
+        reference_host_gib=0.0,
+    )
+    frozen = {"policy__distributed_optimizer": False, "model__train_vision": False, "policy__reference": "host"}
+    fp32 = plan.resolve(changed(good, **frozen, policy__precision="fp32")).memory
+    assert fp32 == plan.Memory(
+        weights_gib=pytest.approx(4 * local / gib),
+        gradients_gib=pytest.approx(4 * language / 2 / gib),
+        optimizer_gib=pytest.approx(8 * language / 2 / gib),  # the weights are the main weights
+        reference_device_gib=0.0,
+        reference_host_gib=pytest.approx(4 * local / gib),
+    )
+    without = plan.resolve(changed(good, algorithm__beta=0.0)).memory
+    assert (without.reference_device_gib, without.reference_host_gib) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [({}, "on the device"), ({"policy__reference": "host"}, "in host memory"), ({"algorithm__beta": 0.0}, "none")],
+)
+def test_the_description_names_every_number(fields: dict[str, object], said: str, good: Config) -> None:
+    found = plan.resolve(changed(good, **fields))
+    text = plan.describe(found)
+    names = [line.split()[0] for line in text.splitlines()]
+    numbers = [name for name in (*plan.Plan.__slots__, *plan.Memory.__slots__) if name not in ("shape", "memory")]
+    assert set(numbers) <= set(names)
+    assert f"reference {said}" in " ".join(text.split())
+
+
+def _with_text(**text: object) -> dict[str, Any]:
+    """A config.json of transformers 4.5x that says `text` under text_config, and nothing of tying outside it."""
+    config = copy.deepcopy(NESTED_OLD_STYLE)
+    del config["tie_word_embeddings"]
+    config["text_config"] |= text
+    return config
+
+
+CHECKPOINTS: dict[str, dict[str, Any]] = {
+    **STYLES,
+    "5.x tied": {**NEW_STYLE, "tie_word_embeddings": True},
+    "4.x tied": {**OLD_STYLE, "tie_word_embeddings": True},
+    "4.x nested, tied inside": _with_text(tie_word_embeddings=True),
+    "4.x nested, tied nowhere": _with_text(),
+    "Qwen2.5-VL-3B": QWEN_3B,
+    "Qwen2.5-VL-7B": QWEN_7B,
+}
+PUBLISHED_PARAMETERS = {"Qwen2.5-VL-3B": 3_754_622_976, "Qwen2.5-VL-7B": 8_292_166_656}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_parameters_are_those_of_the_transformers_model(name: str, tmp_path: Path) -> None:
+    """The real model, built without memory from the same config.json, and from the one that transformers writes."""
+    import torch
+    from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+
+    shape = architecture.read(write(tmp_path, CHECKPOINTS[name]))
+    config = AutoConfig.from_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    assert shape.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert shape.vision.num_parameters == sum(parameter.numel() for parameter in model.model.visual.parameters())
+    assert shape.tied == config.tie_word_embeddings == (model.lm_head.weight is model.get_input_embeddings().weight)
+    assert shape.num_parameters == PUBLISHED_PARAMETERS.get(name, shape.num_parameters)
+    config.save_pretrained(tmp_path)
+    assert architecture.read(str(tmp_path)) == shape
