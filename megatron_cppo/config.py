@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+Preserving = Literal["color_jitter", "perspective", "rotation"]
+Removing = Literal["occlusion", "zoom_crop", "blacken"]
+
 
 class ConfigError(ValueError):
     """A choice of the user that cannot work; the text says what, what was got, and how to mend it."""
@@ -97,9 +100,9 @@ class PerceptionConfig:
     """Mean per gated sample; per microbatch (parity with the releases); over all masked tokens."""
     stop_gradient_views: bool = False
     """Treat the perturbed views as constants."""
-    preserving: tuple[str, ...] = ("color_jitter", "perspective", "rotation")
+    preserving: tuple[Preserving, ...] = ("color_jitter", "perspective", "rotation")
     """Perturbations that keep the information; one is drawn per image."""
-    removing: tuple[str, ...] = ("occlusion", "zoom_crop")
+    removing: tuple[Removing, ...] = ("occlusion", "zoom_crop")
     """Perturbations that remove it."""
 
 

@@ -7,6 +7,7 @@ Lower layers receive the `Plan` and single sections, never the whole config.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,6 +234,10 @@ def _file_problems(config: Config) -> list[str]:
         problems.append("data.train: no parquet file given; use --data.train FILE [FILE ...]")
     for section, files in (("train", config.data.train), ("evaluation", config.data.evaluation)):
         problems += [f"data.{section}: {file} does not exist" for file in files if not Path(file).is_file()]
+    if config.trainer.wandb_project and importlib.util.find_spec("wandb") is None:
+        problems.append(
+            "trainer.wandb_project: the package wandb is not installed; pip install wandb, or leave it empty"
+        )
     return problems
 
 

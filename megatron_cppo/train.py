@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if words else USER_ERROR
     try:
         config = read_config(words[0], words[1:])
-        plan = resolve(config)
+        plan = check_all(config)
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         return USER_ERROR
@@ -63,6 +63,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             environment |= launch.loopback_interface() | {"OMP_NUM_THREADS": str(threads)}
         return launch.run_ranks(launch.rank_command(words), num_ranks=plan.num_ranks, environment=environment)
     return run_rank(config, plan)
+
+
+def check_all(config: Config) -> Plan:
+    """The plan of `config`. Raises one ConfigError with the plan's problems and those of the rewards."""
+    from megatron_cppo.rewards import RewardError, parse_terms
+    from megatron_cppo.rewards import resolve as resolve_reward
+
+    problems, plan = [], None
+    try:
+        plan = resolve(config)
+    except ConfigError as error:
+        problems.append(str(error))
+    try:
+        for term in parse_terms(config.algorithm.rewards):
+            resolve_reward(term.name)
+    except RewardError as error:
+        problems.append(f"  algorithm.rewards: {error}")
+    if plan is None or problems:
+        raise ConfigError("\n".join(problems))
+    return plan
 
 
 def read_config(recipe: str, flags: Sequence[str]) -> Config:

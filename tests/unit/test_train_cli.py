@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import itertools
 import json
 import os
 import resource
@@ -99,9 +100,8 @@ def child_cpu_seconds() -> float:
 
 def test_check_shows_config_and_plan_at_once(recipe: str) -> None:
     before = child_cpu_seconds()
-    done = python(
-        "-m", "megatron_cppo.train", recipe, "--check", "--policy.tensor_parallel", "2", "--trainer.num-gpus=4"
-    )
+    flags = ["--policy.tensor_parallel", "2", "--trainer.num-gpus=4"]
+    done = python("-m", "megatron_cppo.train", recipe, "--check", *flags)
     seconds = child_cpu_seconds() - before
     print(f"--check took {seconds:.2f} s of CPU time")
     assert (done.returncode, done.stderr) == (0, "")
@@ -164,13 +164,13 @@ def test_a_value_of_the_wrong_type_fails(words: list[str], recipe: str, capsys: 
 
 
 def unusual() -> Config:
-    """Every field differs from its default: numbers of every size, empty and full tuples, texts that look like flags."""
+    """Every field differs from its default: numbers of any size, empty and full tuples, texts that look like flags."""
     texts = iter(["", "--check", "- think first,\nthen answer in \\boxed{}", "a b", "'\"$", "-1"] * 9)
     numbers = iter([1e-6, 1e-300, 0.1, 1 / 3, 123456.789, 2.5e10] * 9)
 
     def other(value: Any, annotation: str) -> Any:
         if annotation.startswith("Literal"):
-            return [choice for choice in ast.literal_eval(annotation.removeprefix("Literal")) if choice != value][0]
+            return next(choice for choice in ast.literal_eval(annotation.removeprefix("Literal")) if choice != value)
         if isinstance(value, bool):
             return not value
         if isinstance(value, int):
@@ -255,7 +255,7 @@ def documented_fields() -> Iterator[tuple[str, str, str]]:
     for section in classes["Config"]:
         if isinstance(section, ast.AnnAssign):
             statements = classes[ast.unparse(section.annotation)]
-            for field, text in zip(statements, statements[1:], strict=False):
+            for field, text in itertools.pairwise(statements):
                 if isinstance(field, ast.AnnAssign):
                     assert isinstance(text, ast.Expr), ast.unparse(field)
                     assert isinstance(text.value, ast.Constant), ast.unparse(field)
@@ -263,7 +263,7 @@ def documented_fields() -> Iterator[tuple[str, str, str]]:
 
 
 def test_help_explains_every_field(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("COLUMNS", "100")  # more would make it two columns
     assert train.main(["--help"]) == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     fields = list(documented_fields())
@@ -351,7 +351,9 @@ def test_ending_the_launcher_ends_its_ranks(number: signal.Signals, tmp_path: Pa
     """SIGTERM is what `kill`, `timeout` and container runtimes send."""
     program = rank_program(SAY + "time.sleep(600)")
     text = (
-        "import sys; from megatron_cppo.launch import run_ranks; "
+        # A shell's background jobs ignore SIGINT, and their children inherit that.
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from megatron_cppo.launch import run_ranks; "
         f"sys.exit(run_ranks({program!r}, num_ranks=2, environment={environment(tmp_path)!r}))"
     )
     launcher = subprocess.Popen([sys.executable, "-c", text], cwd=ROOT)
