@@ -6,7 +6,8 @@ it sampled is what the policy computes. A run for which this is false would trai
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 from megatron_cppo.types import Batch, SampleStatistics
 
@@ -34,7 +35,7 @@ def check_first_step(
     """
     assert batch.old_logp is not None, "the first step must be scored"
     seen = [item for item in statistics if item.sample_id < first_update_samples]
-    ratio = max(
+    ratio = _largest(
         abs(new - old)
         for item in seen
         for new, old in zip(item.logp, batch.old_logp[item.sample_id].tolist(), strict=True)
@@ -47,7 +48,7 @@ def check_first_step(
         )
     if batch.reference_logp is not None and batch.old_logp is not None:
         pairs = zip(batch.old_logp, batch.reference_logp, strict=True)
-        gap = max(float((old - reference).abs().max()) for old, reference in pairs)
+        gap = _largest(float((old - reference).abs().max()) for old, reference in pairs)
         if not gap * gap / 2 <= MAX_KL[precision]:
             problems.append(
                 f"KL to the reference is about {gap * gap / 2:.2e} before any update: wrong reference weights"
@@ -60,3 +61,9 @@ def check_first_step(
         )
     if problems:
         raise SelfCheckError("the first step's self-check failed:\n  " + "\n  ".join(problems))
+
+
+def _largest(sizes: Iterable[float]) -> float:
+    """The largest of `sizes`, and NaN when one of them is: `max` loses a NaN that is not the first."""
+    found = list(sizes)
+    return math.nan if any(math.isnan(size) for size in found) else max(found)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import queue
 import re
 import shutil
 import warnings
@@ -22,6 +23,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_cppo.policy.build import Trained
@@ -51,6 +53,7 @@ def save(trained: Trained, folder: Path, *, step: int, progress: dict[str, Any],
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
+    keep_write_results_in_this_process()
     dist_checkpointing.save(_sharded_state(trained, loading=False), str(partial))
     if dist.get_rank() == 0:
         (partial / "progress.json").write_text(json.dumps({"step": step, **progress}) + "\n")
@@ -128,6 +131,16 @@ def restore_adam_steps(trained: Trained) -> None:
     for inner in _inner_optimizers(trained):
         for state in _torch_adam_states(inner):
             state["step"] = torch.tensor(float(trained.schedule.num_steps))
+
+
+def keep_write_results_in_this_process() -> None:
+    """Give Megatron-Core's writer a plain queue for its results: this process puts them in and takes them out.
+
+    Megatron-Core 0.16.1 makes a multiprocessing manager even for synchronous saves: a server process of each rank,
+    which imports the main script again, takes seconds to start, and outlives a rank that is killed.
+    """
+    writer: Any = filesystem_async
+    writer._results_queue = queue.Queue()
 
 
 def _inner_optimizers(trained: Trained) -> list[Any]:

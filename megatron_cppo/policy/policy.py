@@ -55,7 +55,7 @@ class Policy:
         )
         on_host = config.policy.reference == "host"
         self._reference = Reference(self.trained.model, on_host=on_host) if plan.uses_reference else None
-        self._statistics: list[SampleStatistics] = []
+        self._seen: list[step.Seen] = []
 
     def score(self, batch: Batch, *, old: bool, reference: bool) -> Batch:
         """Fill the batch's old log-probs (under the weights as they are) and the reference's, as asked."""
@@ -72,12 +72,12 @@ class Policy:
 
         `advance(n)` hears of n more packed rows of this rank.
         """
-        self._statistics = []
+        self._seen = []
         every = []
         for mini in batch.updates:
-            metrics, statistics = step.update(self.trained, batch, mini, self._settings, advance)
+            metrics, seen = step.update(self.trained, batch, mini, self._settings, advance)
             every.append(metrics)
-            self._statistics += statistics
+            self._seen += seen
         names = sorted({name for metrics in every for name in metrics})
         found = {name: [metrics[name] for metrics in every if name in metrics] for name in names}
         averages = {name: sum(values) / len(values) for name, values in found.items()}
@@ -85,8 +85,9 @@ class Policy:
 
     def statistics(self) -> list[SampleStatistics]:
         """What the last `update` saw of every sample, ordered by sample; on all ranks. Communicates over DP."""
+        mine = [item for row, outcome in self._seen for item in step.sample_statistics(row, outcome)]
         every: list[Any] = [None] * self.groups.data.size()
-        dist.all_gather_object(every, self._statistics, group=self.groups.data)
+        dist.all_gather_object(every, mine, group=self.groups.data)
         return sorted((item for part in every for item in part), key=lambda item: item.sample_id)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -27,6 +27,8 @@ from megatron_cppo.types import Batch, MicroBatch, MiniBatch, SampleStatistics
 
 RowFunction = Callable[[MicroBatch, Head], tuple[Tensor, Any]]
 """A row and its head -> the differentiable contribution, and what to keep of the row."""
+Seen = tuple[MicroBatch, Outcome]
+"""A row that was run, with its outcome."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,18 +119,19 @@ def score(trained: Trained, batch: Batch, *, head: HeadSettings) -> tuple[Tensor
 
 def update(
     trained: Trained, batch: Batch, mini: MiniBatch, settings: LossSettings, advance: Callable[[int], None]
-) -> tuple[dict[str, float], list[SampleStatistics]]:
-    """One optimizer update on `mini`. Returns its metrics (the same on all ranks) and this rank's statistics."""
+) -> tuple[dict[str, float], list[Seen]]:
+    """One optimizer update on `mini`. Returns its metrics, the same on all ranks, and what this rank saw."""
     groups = trained.model.groups
     rows = mini.microbatches[groups.data_rank]
     counts = _counts(trained, batch, mini, settings)
 
-    def contribution(row: MicroBatch, head: Head) -> tuple[Tensor, tuple[MicroBatch, Outcome]]:
+    def contribution(row: MicroBatch, head: Head) -> tuple[Tensor, Seen]:
         tokens = response_tokens(row, batch, trained.model.device)
         outcome = settings.objective.loss(tokens, head, counts, settings.algorithm, settings.perception)
         _add_engine_gap(row, batch, tokens, outcome)
         advance(1)
-        return outcome.loss, (row, outcome)
+        loss, outcome.loss = outcome.loss, outcome.loss.detach()  # what is kept must not keep the graph
+        return loss, (row, outcome)
 
     trained.wrapped.zero_grad_buffer()
     trained.optimizer.zero_grad()
@@ -138,7 +141,7 @@ def update(
     metrics = reduce_metrics([outcome.metrics for _, outcome in kept], groups.data)
     metrics["optim/grad_norm"] = float(grad_norm)
     metrics["optim/learning_rate"] = float(trained.optimizer.param_groups[0]["lr"])
-    return metrics, [statistics for row, outcome in kept for statistics in sample_statistics(row, outcome)]
+    return metrics, kept
 
 
 def _counts(trained: Trained, batch: Batch, mini: MiniBatch, settings: LossSettings) -> Counts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -143,8 +144,7 @@ def rows_and_members(steps: list[Step]) -> Iterator[tuple[MicroBatch, list[tuple
 
 def segments(row: MicroBatch) -> list[tuple[int, int]]:
     """(start, end) of each segment, the padding's too."""
-    bounds = row.cu_seqlens_S.tolist()
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(itertools.pairwise(row.cu_seqlens_S.tolist()))
 
 
 def test_the_random_steps_cover_what_matters(steps: list[Step]) -> None:

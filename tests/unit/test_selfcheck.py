@@ -1,0 +1,117 @@
+"""The first step's self-check: each threshold from both sides, NaN, and what a failure says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_cppo.selfcheck import MAX_KL, MAX_LOG_RATIO, SelfCheckError, check_first_step
+from megatron_cppo.types import Batch, Prompt, Sample, SampleStatistics
+
+PROMPT = Prompt("train", 0, 0, "", "", "", (1,), ((0,), (0,), (0,)), 1, (), ())
+LOGP = (-0.5, -2.0, -0.25)
+NUM_SAMPLES = 4
+
+
+def check(
+    *,
+    ratios: Sequence[float] = (0.0, 0.0, 0.0),
+    reference: Sequence[float] | None = None,
+    metrics: dict[str, float] | None = None,
+    precision: str = "fp32",
+    at_sample: int = 1,
+    first_update_samples: int = NUM_SAMPLES,
+) -> None:
+    """Check samples of which one differs: by `ratios` from the scoring pass, which differs by `reference` from it."""
+    samples = tuple(Sample(PROMPT, i, (3, 4, 5), LOGP, "", False, 0) for i in range(NUM_SAMPLES))
+    old = [torch.tensor(LOGP, dtype=torch.float64) for _ in samples]
+    references = [values.clone() for values in old]
+    if reference is not None:
+        references[at_sample] -= torch.tensor(reference, dtype=torch.float64)
+    statistics = [
+        SampleStatistics(
+            sample_id=i,
+            logp=tuple(a + b for a, b in zip(LOGP, ratios, strict=True)) if i == at_sample else LOGP,
+            entropy=(1.0, 1.0, 1.0),
+            entropy_removing=None,
+            mask=None,
+        )
+        for i in range(NUM_SAMPLES)
+    ]
+    check_first_step(
+        Batch(samples, None, (), tuple(old), tuple(references) if reference is not None else None),
+        statistics,
+        {"policy/loss": 0.0} if metrics is None else metrics,
+        precision=precision,
+        max_logp_gap=0.1,
+        first_update_samples=first_update_samples,
+    )
+
+
+def failure(**options: Any) -> list[str]:
+    """The lines of problems that `check` raises."""
+    with pytest.raises(SelfCheckError, match="^the first step's self-check failed:") as caught:
+        check(**options)
+    return str(caught.value).splitlines()[1:]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_equal_log_probs_pass_and_a_log_ratio_does_not(precision: str) -> None:
+    limit = MAX_LOG_RATIO[precision]
+    check(ratios=(0.99 * limit, -0.99 * limit, 0.0), precision=precision)
+    for sign in (1, -1):
+        (line,) = failure(ratios=(0.0, 0.0, sign * 1.01 * limit), precision=precision)
+        assert f"|log ratio| is {1.01 * limit:.2e}, not <= {limit:.0e}" in line
+        assert "attention" in line
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_reference_must_be_the_policy(precision: str) -> None:
+    limit = math.sqrt(2 * MAX_KL[precision])
+    check(reference=(0.0, 0.99 * limit, -0.99 * limit), precision=precision)
+    for sign in (1, -1):
+        (line,) = failure(reference=(sign * 1.01 * limit, 0.0, 0.0), precision=precision)
+        assert f"KL to the reference is about {(1.01 * limit) ** 2 / 2:.2e} before any update" in line
+        assert "wrong reference weights" in line
+
+
+def test_the_engine_must_agree_with_the_policy() -> None:
+    check(metrics={"policy/logp_gap": 0.0999})
+    (line,) = failure(metrics={"policy/logp_gap": 0.1001})
+    assert "differ by 1.00e-01 nat a token on average, more than rollout.max_logp_gap 0.1" in line
+    assert "weight sync" in line
+
+
+def test_bf16_is_allowed_what_fp32_is_not() -> None:
+    check(ratios=(1e-2, 0.0, 0.0), precision="bf16")
+    failure(ratios=(1e-2, 0.0, 0.0), precision="fp32")
+
+
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize("at_sample", range(NUM_SAMPLES))
+def test_not_a_number_fails_wherever_it_stands(place: int, at_sample: int) -> None:
+    values = [0.0] * 3
+    values[place] = math.nan
+    (line,) = failure(ratios=values, at_sample=at_sample)
+    assert "|log ratio| is nan" in line
+    (line,) = failure(reference=values, at_sample=at_sample)
+    assert "KL to the reference is about nan" in line
+
+
+def test_an_engine_gap_that_is_not_a_number_fails() -> None:
+    (line,) = failure(metrics={"policy/logp_gap": math.nan})
+    assert "differ by nan" in line
+
+
+def test_all_problems_are_said_at_once() -> None:
+    lines = failure(ratios=(1.0, 0.0, 0.0), reference=(1.0, 0.0, 0.0), metrics={"policy/logp_gap": 1.0})
+    assert [word in line for word, line in zip(("log ratio", "KL", "engine"), lines, strict=True)] == [True] * 3
+
+
+def test_only_samples_before_the_first_update_must_have_ratio_one() -> None:
+    check(ratios=(1.0, 1.0, 1.0), at_sample=2, first_update_samples=2)
+    failure(ratios=(1.0, 1.0, 1.0), at_sample=1, first_update_samples=2)
