@@ -19,7 +19,7 @@ from examples import digits_demo, digits_perception
 
 
 def run_seed(folder: Path, seed: int, num_steps: int) -> None:
-    """Warm start and CPPO of one seed; the warm start is shared by runs of different length."""
+    """Warm start and CPPO of one seed, where they are not there yet."""
     folder.mkdir(parents=True, exist_ok=True)
     digits_demo.make_inputs(folder, seed=seed)
     if not (folder / "warm" / "export").is_dir():

@@ -51,7 +51,7 @@ def config(folder: Path = RUN_DIR, *, seed: int = 0, num_steps: int = STEPS) -> 
         perception=PerceptionConfig(coefficient=0.01),
         rollout=RolloutConfig(samples_per_prompt=8, max_response_tokens=32, max_sequences=512),
         policy=PolicyConfig(device="cpu", precision="fp32", tensor_parallel=2, max_tokens_per_microbatch=8192),
-        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_updates=5, weight_decay=0.0),
+        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_updates=min(5, num_steps - 1), weight_decay=0.0),
         trainer=TrainerConfig(
             run_dir=str(folder / "cppo"),
             num_gpus=2,
@@ -65,7 +65,7 @@ def config(folder: Path = RUN_DIR, *, seed: int = 0, num_steps: int = STEPS) -> 
     )
 
 
-def warm_config(folder: Path, *, seed: int) -> Config:
+def warm_config(folder: Path, *, seed: int, num_steps: int = WARM_STEPS) -> Config:
     """Supervised steps from scratch, through the same policy and layout."""
     base = config(folder, seed=seed)
     return replace(
@@ -73,11 +73,11 @@ def warm_config(folder: Path, *, seed: int) -> Config:
         model=ModelConfig(path=str(folder / "model")),
         data=replace(base.data, train=(str(folder / "data" / "warm.parquet"),)),
         algorithm=AlgorithmConfig(objective="supervised"),
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_updates=20),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_updates=min(20, num_steps - 1)),
         trainer=replace(
             base.trainer,
             run_dir=str(folder / "warm"),
-            num_steps=WARM_STEPS,
+            num_steps=num_steps,
             prompts_per_step=48,
             evaluate_every_steps=0,
             keep_samples_every_steps=0,
@@ -131,6 +131,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--run-dir", type=Path, default=RUN_DIR)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS, help="steps of CPPO")
+    parser.add_argument("--warm-steps", type=int, default=WARM_STEPS, help="supervised steps before")
     given = parser.parse_args(arguments)
     folder, start = given.run_dir, time.monotonic()
 
@@ -140,8 +141,8 @@ def main(arguments: list[str]) -> int:
     title(f"1/5  a small Qwen2.5-VL and its data in {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     make_inputs(folder, seed=given.seed)
-    title(f"2/5  warm start: {WARM_STEPS} supervised steps, TP=2")
-    run_stage(folder, "warm", warm_config(folder, seed=given.seed))
+    title(f"2/5  warm start: {given.warm_steps} supervised steps, TP=2")
+    run_stage(folder, "warm", warm_config(folder, seed=given.seed, num_steps=given.warm_steps))
     title(f"3/5  CPPO: {given.steps} steps, TP=2")
     run_stage(folder, "cppo", config(folder, seed=given.seed, num_steps=given.steps))
     title("4/5  the exported Hugging Face folder, answered by plain transformers")

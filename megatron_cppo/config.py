@@ -16,8 +16,12 @@ Preserving = Literal["color_jitter", "perspective", "rotation"]
 Removing = Literal["occlusion", "zoom_crop", "blacken"]
 
 
-class ConfigError(ValueError):
-    """A choice of the user that cannot work; the text says what, what was got, and how to mend it."""
+class UserError(ValueError):
+    """Something of the user's that cannot work; the text says what, what was got, and how to mend it."""
+
+
+class ConfigError(UserError):
+    """A choice in the config, or a folder that it names."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,8 +122,8 @@ class RolloutConfig:
     """Of sampling, and of every log-prob and entropy in the losses."""
     max_sequences: int = 256
     """Answers decoded at once by one embedded engine."""
-    max_logp_gap: float = 0.1
-    """Largest mean |log-prob of engine - log-prob of policy| at the first step before the run stops, in nats."""
+    max_logp_gap: float = 0.0
+    """Largest mean |log-prob of engine - of policy| at the first step, in nats; 0: by precision (1e-4 in fp32)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,7 +175,7 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     """Adam's epsilon."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this global norm."""
+    """Gradients are clipped to this global norm; 0 turns clipping off."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,6 +5,7 @@ On a cluster the scheduler starts the ranks (one task per GPU) and this module i
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -52,6 +53,13 @@ def loopback_interface() -> dict[str, str]:
 
 def _exit(number: int, _: FrameType | None) -> None:
     sys.exit(128 + number)
+
+
+def die_with_parent() -> None:
+    """On Linux, have the kernel end this rank when the launcher dies: it may be killed without a chance to tell."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:

@@ -63,7 +63,7 @@ def reinforce(run: Run) -> None:
                 metrics = policy.update(scored, advance)
             record.add(metrics)
             if checks:
-                _check(run, scored, metrics)
+                _check(run, scored)
             with record.span("sync"):
                 engine.load_weights(policy.weights(), version=step)
         _after(run, step, batch)
@@ -119,11 +119,10 @@ def _plan_batch(run: Run, groups: Sequence[Group], *, score: bool) -> Batch:
     )
 
 
-def _check(run: Run, batch: Batch, metrics: dict[str, float]) -> None:
+def _check(run: Run, batch: Batch) -> None:
     check_first_step(
         batch,
         run.policy.statistics(),
-        metrics,
         precision=run.config.policy.precision,
         max_logp_gap=run.config.rollout.max_logp_gap,
         first_update_samples=run.plan.prompts_per_update * run.config.rollout.samples_per_prompt,

@@ -81,6 +81,7 @@ def _derive(config: Config, shape: ModelShape) -> Plan:
     reference = config.algorithm.beta > 0 and not supervised
     parallel = policy.tensor_parallel
     data_parallel = trainer.num_gpus // (parallel * policy.pipeline_parallel)
+    row_multiple = parallel if policy.sequence_parallel else 1
     return Plan(
         shape=shape,
         num_ranks=trainer.num_gpus,
@@ -89,8 +90,8 @@ def _derive(config: Config, shape: ModelShape) -> Plan:
         samples_per_step=trainer.prompts_per_step * (1 if supervised else rollout.samples_per_prompt),
         prompts_per_update=trainer.prompts_per_step // trainer.updates_per_step,
         num_updates=trainer.num_steps * trainer.updates_per_step,
-        row_multiple=parallel if policy.sequence_parallel else 1,
-        max_tokens_per_microbatch=policy.max_tokens_per_microbatch,
+        row_multiple=row_multiple,
+        max_tokens_per_microbatch=policy.max_tokens_per_microbatch // row_multiple * row_multiple,
         longest_sample_tokens=longest_sample(config),
         views_per_gated_sample=_views(config),
         uses_reference=reference,
@@ -205,6 +206,21 @@ _BOUNDS: tuple[tuple[str, str, float, float], ...] = (
     ("trainer", "keep_checkpoints", 1, math.inf),
     ("trainer", "evaluation_samples", 1, math.inf),
     ("trainer", "grader_processes", 1, math.inf),
+    ("trainer", "grader_timeout_seconds", 1e-3, math.inf),
+    ("trainer", "evaluation_temperature", 0, math.inf),
+    ("trainer", "evaluation_rows", 0, math.inf),
+    ("trainer", "evaluate_every_steps", 0, math.inf),
+    ("trainer", "save_every_steps", 0, math.inf),
+    ("trainer", "keep_samples_every_steps", 0, math.inf),
+    ("trainer", "seed", 0, 2**31 - 1),
+    ("optimizer", "min_learning_rate", 0, math.inf),
+    ("optimizer", "warmup_updates", 0, math.inf),
+    ("optimizer", "weight_decay", 0, math.inf),
+    ("optimizer", "beta1", 0, 1 - 1e-9),
+    ("optimizer", "beta2", 0, 1 - 1e-9),
+    ("optimizer", "epsilon", 1e-30, math.inf),
+    ("data", "max_prompt_tokens", 1, math.inf),
+    ("data", "max_image_pixels", 1, math.inf),
     ("model", "min_pixels", 1, math.inf),
 )
 
@@ -223,6 +239,16 @@ def _value_problems(config: Config) -> list[str]:
         problems.append(
             f"model.min_pixels: {config.model.min_pixels} exceeds model.max_pixels {config.model.max_pixels}; lower it"
         )
+    if config.optimizer.min_learning_rate > config.optimizer.learning_rate:
+        problems.append(
+            f"optimizer.min_learning_rate: {config.optimizer.min_learning_rate} exceeds learning_rate "
+            f"{config.optimizer.learning_rate}; lower it"
+        )
+    problems += [
+        f"policy.megatron_overrides: {pair!r} is no name=value; write for instance layernorm_epsilon=1e-5"
+        for pair in config.policy.megatron_overrides
+        if not pair.partition("=")[2]
+    ]
     if not config.perception.preserving or not config.perception.removing:
         problems.append("perception.preserving and perception.removing need at least one perturbation each")
     return problems

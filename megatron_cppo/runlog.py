@@ -16,6 +16,7 @@ JSON knows no NaN: such numbers are written as the strings "nan", "inf" and "-in
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import functools
 import importlib
 import importlib.util
@@ -29,7 +30,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from megatron_cppo import config as configuration
 from megatron_cppo.config import Config, ConfigError
@@ -113,9 +114,12 @@ class RunLog:
         self._purge_step: int | None = None
         self._tensorboard: Any = None
         self._wandb: Any = None
+        self._lock: TextIO | None = None
         if not self._writes:
             return
-        _refuse_other_config(run_dir / "config.json", config)
+        refuse_other_config(run_dir, config)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(run_dir)
         wandb = _import_wandb(wandb_project) if wandb_project else None
         (run_dir / "samples").mkdir(parents=True, exist_ok=True)
         configuration.save(config, run_dir / "config.json")
@@ -201,6 +205,8 @@ class RunLog:
 
     def close(self) -> None:
         """Finish the curves of TensorBoard and W&B; the files need no closing."""
+        if self._lock is not None:
+            self._lock.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -296,8 +302,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return objects
 
 
-def _refuse_other_config(path: Path, config: Config) -> None:
-    if not path.exists():
+def refuse_other_config(run_dir: Path, config: Config) -> None:
+    """Raise ConfigError when `run_dir` holds steps or checkpoints of a run of another config than `config`.
+
+    A folder whose run failed before its first step may be used again.
+    """
+    path = run_dir / "config.json"
+    metrics = run_dir / "metrics.jsonl"
+    started = (metrics.exists() and metrics.stat().st_size) or any((run_dir / "checkpoints").glob("step_*"))
+    if not path.exists() or not started:
         return
     try:
         saved = json.loads(path.read_text())
@@ -316,6 +329,19 @@ def _refuse_other_config(path: Path, config: Config) -> None:
             f"fix: choose another --trainer.run_dir, or resume that run with its own config ({path}), "
             "or delete the folder"
         )
+
+
+def _locked(run_dir: Path) -> TextIO:
+    """The folder's lock, held while the returned file is open. Raises ConfigError when another process holds it."""
+    file = (run_dir / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise ConfigError(
+            f"another process is running in {run_dir}; wait for it, end it, or choose another --trainer.run-dir"
+        ) from error
+    return file
 
 
 def _flat(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:

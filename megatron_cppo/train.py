@@ -25,7 +25,7 @@ import tyro
 
 from megatron_cppo import config as configuration
 from megatron_cppo import launch
-from megatron_cppo.config import Config, ConfigError
+from megatron_cppo.config import Config, ConfigError, UserError
 from megatron_cppo.plan import Plan, describe, resolve
 
 if TYPE_CHECKING:
@@ -60,15 +60,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         environment = dict(os.environ)
         if config.policy.device == "cpu":
             threads = max(1, (os.cpu_count() or 1) // config.trainer.num_gpus)
-            environment |= launch.loopback_interface() | {"OMP_NUM_THREADS": str(threads)}
+            environment = launch.loopback_interface() | {"OMP_NUM_THREADS": str(threads)} | environment
         return launch.run_ranks(launch.rank_command(words), num_ranks=plan.num_ranks, environment=environment)
     return run_rank(config, plan)
 
 
 def check_all(config: Config) -> Plan:
-    """The plan of `config`. Raises one ConfigError with the plan's problems and those of the rewards."""
+    """The plan of `config`. Raises one ConfigError with the problems of plan, rewards and run folder."""
     from megatron_cppo.rewards import RewardError, parse_terms
     from megatron_cppo.rewards import resolve as resolve_reward
+    from megatron_cppo.runlog import refuse_other_config
 
     problems, plan = [], None
     try:
@@ -80,6 +81,10 @@ def check_all(config: Config) -> Plan:
             resolve_reward(term.name)
     except RewardError as error:
         problems.append(f"  algorithm.rewards: {error}")
+    try:
+        refuse_other_config(Path(config.trainer.run_dir), config)
+    except ConfigError as error:
+        problems.append(f"  trainer.run_dir: {error}")
     if plan is None or problems:
         raise ConfigError("\n".join(problems))
     return plan
@@ -133,6 +138,7 @@ def run_rank(config: Config, plan: Plan) -> int:
     from megatron_cppo.loop import LOOPS
     from megatron_cppo.policy import platform
 
+    launch.die_with_parent()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if world != plan.num_ranks:
         sys.stderr.write(f"trainer.num_gpus is {plan.num_ranks}, but {world} ranks were started; make them equal\n")
@@ -145,9 +151,8 @@ def run_rank(config: Config, plan: Plan) -> int:
     try:
         with build_run(config, plan) as run:
             LOOPS[config.algorithm.objective](run)
-    except ConfigError as error:
-        if rank == 0:
-            sys.stderr.write(f"{error}\n")
+    except UserError as error:
+        logging.getLogger("megatron_cppo").error("%s", error)  # rank 0 speaks on stderr, every rank in its own file
         return USER_ERROR
     finally:
         dist.destroy_process_group()
@@ -161,6 +166,7 @@ def build_run(config: Config, plan: Plan) -> Iterator[Run]:
 
     from megatron_cppo.data.tokenizer import vocabulary
     from megatron_cppo.loop import Run
+    from megatron_cppo.policy.model import DTYPES
     from megatron_cppo.policy.policy import Policy
     from megatron_cppo.rewards.grader import Grader
     from megatron_cppo.rewards.scoring import Reward
@@ -190,6 +196,8 @@ def build_run(config: Config, plan: Plan) -> Iterator[Run]:
         max_sequences=config.rollout.max_sequences,
         seed=trainer.seed,
         group=policy.groups.world,
+        end_ids=words.eos_ids,
+        dtype=DTYPES[config.policy.precision],
         device=config.policy.device,
     )
     grader = Grader(
@@ -229,6 +237,7 @@ def _prompt_sources(config: Config) -> dict[str, PromptSource]:
             seed=config.trainer.seed,
             max_rows=config.trainer.evaluation_rows if split == "evaluation" else 0,
             supervised=split == "train" and config.algorithm.objective == "supervised",
+            max_response_tokens=config.rollout.max_response_tokens,
         )
         for split, chosen in files.items()
         if chosen
@@ -255,7 +264,7 @@ def _evaluation(config: Config, sources: dict[str, PromptSource], engine: Engine
 
 
 def _log_to(run_dir: Path, rank: int) -> None:
-    """Rank 0 speaks on stderr; every rank writes its own file."""
+    """Rank 0 speaks on stderr; every rank writes its own file. Libraries' warnings go there too, and only there."""
     folder = run_dir / "logs"
     folder.mkdir(parents=True, exist_ok=True)
     handlers: list[logging.Handler] = [logging.FileHandler(folder / f"rank{rank}.log")]
@@ -264,6 +273,12 @@ def _log_to(run_dir: Path, rank: int) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
     for name in ("megatron", "transformers", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.captureWarnings(True)
+    warned = logging.getLogger("py.warnings")
+    warned.addHandler(handlers[0])
+    warned.propagate = False
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 
 if __name__ == "__main__":

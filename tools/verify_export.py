@@ -96,6 +96,7 @@ def answer_from_export(config: Config, num_prompts: int) -> list[list[int]]:
             do_sample=False,
             max_new_tokens=config.rollout.max_response_tokens,
             suppress_tokens=list(words.banned_ids),
+            repetition_penalty=1.0,  # real checkpoints' generation_config.json asks for one
         )
         answers.append(output[0, ids.shape[1] :].tolist())
     return answers

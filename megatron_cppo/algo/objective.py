@@ -177,8 +177,11 @@ def _contrastive_term(
             logp_preserving_M, logp_removing_M = logp_preserving_M.detach(), logp_removing_M.detach()
         d_preserving_M = contrastive.divergence(logp_original_M, logp_preserving_M, perception.divergence)
         d_removing_M = contrastive.divergence(logp_original_M, logp_removing_M, perception.divergence)
-        clamped = contrastive.clamped_share(logp_original_M, logp_removing_M, perception.divergence)
-        outcome.metrics["perception/clamped_share"] = _weighted(clamped, masked_M.numel())
+        shares = [
+            contrastive.clamped_share(logp_original_M, logp_view_M, perception.divergence)
+            for logp_view_M in (logp_preserving_M, logp_removing_M)
+        ]
+        outcome.metrics["perception/clamped_share"] = _weighted(torch.stack(shares).mean(), masked_M.numel())
     loss_M = contrastive.contrastive_loss(d_preserving_M, d_removing_M, tau=perception.temperature)
     outcome.metrics["perception/cpl"] = (loss_M.detach().sum(), _count(loss_M))
     return contrastive.aggregate(
@@ -216,8 +219,11 @@ def _policy_terms(
     one = torch.ones((), device=logp_N.device)
     outcome.metrics["policy/loss"] = (policy.detach(), one / counts.num_microbatches)
     outcome.metrics["policy/entropy"] = ((entropy_N.detach() * tokens.weight_N).sum(), total)
-    for side, hit_N in (("low", clipped.clipped_low_N), ("high", clipped.clipped_high_N)):
-        outcome.metrics[f"policy/clip_{side}_share"] = ((hit_N * tokens.weight_N).sum(), total)
+    hits = {"clip_low": clipped.clipped_low_N, "clip_high": clipped.clipped_high_N}
+    if algorithm.dual_clip:
+        hits["dual_clip"] = clipped.dual_clipped_N
+    for name, hit_N in hits.items():
+        outcome.metrics[f"policy/{name}_share"] = ((hit_N * tokens.weight_N).sum(), total)
     if tokens.reference_logp_N is not None:
         kl_N = policy_loss.kl_estimate(logp_N, tokens.reference_logp_N, algorithm.kl_estimator)
         outcome.loss = outcome.loss + algorithm.beta * (kl_N * weight_N).sum()

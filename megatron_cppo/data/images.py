@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from megatron_cppo.config import UserError
+
 MAX_IMAGE_PIXELS = 89_478_485
 """Pillow's threshold for a decompression bomb (it warns above it and refuses twice as much)."""
 MAX_ASPECT_RATIO = 200
@@ -21,7 +23,7 @@ MAX_ASPECT_RATIO = 200
 _DECODER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, OverflowError, struct.error)
 
 
-class ImageError(ValueError):
+class ImageError(UserError):
     """An image that cannot be used: what was required, what was given, and what to do."""
 
 

@@ -76,11 +76,13 @@ class PromptSource:
         seed: int,
         max_rows: int = 0,
         supervised: bool = False,
+        max_response_tokens: int = 0,
     ) -> None:
         self._split = split
         self._data = data
         self._seed = seed
         self._supervised = supervised
+        self._max_response_tokens = max_response_tokens
         self._shuffle = data.shuffle and split == "train"
         self._view_names: dict[Kind, tuple[str, ...]] = {
             "preserving": perception.preserving,
@@ -225,6 +227,8 @@ class PromptSource:
                 dropped["image token in text"] += 1
             elif num_tokens > self._data.max_prompt_tokens:
                 dropped["prompt too long"] += 1
+            elif self._supervised and 0 < self._max_response_tokens <= len(targets[i]):
+                dropped["response too long"] += 1
             else:
                 target = (*targets[i], self._vocabulary.eos_id) if self._supervised else ()
                 entries.append(_Entry(draft, np.array(token_ids, np.int32), target))

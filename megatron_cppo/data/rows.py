@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_cppo.config import UserError
 from megatron_cppo.data.byte_cache import ByteCache
 
 IMAGE_MARKER = "<image>"
@@ -27,7 +28,7 @@ CACHED_GROUP_BYTES = 2**28
 STREAMED_ROWS = 64
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A data file that cannot be used; the text says which, what was got, and how to mend it."""
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from megatron_cppo.config import UserError
+
 VISION_PAD = "<|vision_pad|>"
 _NAMED_IDS = {
     "image_token_id": "<|image_pad|>",
@@ -22,7 +24,7 @@ _NAMED_IDS = {
 }
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint folder that cannot be used; the text says what, what was got, and how to mend it."""
 
 

@@ -13,6 +13,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageEnhance
 
+from megatron_cppo.config import UserError
+
 Kind = Literal["preserving", "removing"]
 Seed = int | Sequence[int]
 Box = tuple[int, int, int, int]
@@ -33,7 +35,7 @@ _ENHANCERS = {
 }
 
 
-class ViewError(ValueError):
+class ViewError(UserError):
     """A perturbation that does not exist, or not of the kind asked for."""
 
 

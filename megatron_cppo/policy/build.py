@@ -89,7 +89,7 @@ def build(
         max_lr=optimizer.learning_rate,
         min_lr=min(optimizer.min_learning_rate, optimizer.learning_rate),
         lr_warmup_steps=optimizer.warmup_updates,
-        lr_decay_steps=max(plan.num_updates, optimizer.warmup_updates + 1),
+        lr_decay_steps=plan.num_updates + 1,  # the last update still has a rate above the minimum
         lr_decay_style=optimizer.decay,
         start_wd=optimizer.weight_decay,
         end_wd=optimizer.weight_decay,

@@ -62,7 +62,10 @@ class Reader:
     def _check_index(self, folder: str) -> None:
         index = Path(folder) / "model.safetensors.index.json"
         if index.is_file():
-            listed = {disk_name(name) for name in json.loads(index.read_text())["weight_map"]}
+            try:
+                listed = {disk_name(name) for name in json.loads(index.read_text())["weight_map"]}
+            except (ValueError, TypeError, KeyError) as error:
+                raise ConfigError(f"model.path: {index} is damaged ({error!r}); copy the checkpoint again") from error
             absent = sorted(listed - self._files.keys())
             if absent:
                 raise ConfigError(

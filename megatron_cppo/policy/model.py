@@ -6,6 +6,7 @@ Legend: T tokens of the row, H hidden size, V vocabulary of this shard, N rows a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -53,12 +54,21 @@ def _overrides(pairs: tuple[str, ...], taken: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"policy.megatron_overrides: {pair!r} is no name=value of TransformerConfig{hint}")
         if name in taken:
             raise ConfigError(f"policy.megatron_overrides: {name} follows from other fields; set those instead")
-        words = {"true": True, "false": False, "none": None}
-        try:
-            values[name] = words[text.lower()] if text.lower() in words else (float(text) if "." in text else int(text))
-        except ValueError:
-            values[name] = text
+        if name.endswith("_parallel_size") or name.startswith("num_moe"):
+            raise ConfigError(f"policy.megatron_overrides: {name} is not supported yet; leave it out")
+        values[name] = _parse(text)
     return values
+
+
+def _parse(text: str) -> object:
+    """true, false, none, an integer, a number, else the text itself."""
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def decoder_config(shape: ModelShape, policy: PolicyConfig) -> TransformerConfig:

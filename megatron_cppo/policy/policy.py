@@ -51,7 +51,12 @@ class Policy:
             algorithm=config.algorithm,
             perception=config.perception,
             max_response_tokens=config.rollout.max_response_tokens,
-            head=HeadSettings(config.rollout.temperature, tuple(banned_ids), config.policy.head_backend),
+            head=HeadSettings(
+                # Sampling's temperature belongs to sampled answers; a supervised response has none.
+                temperature=1.0 if config.algorithm.objective == "supervised" else config.rollout.temperature,
+                banned_ids=tuple(banned_ids),
+                backend=config.policy.head_backend,
+            ),
         )
         on_host = config.policy.reference == "host"
         self._reference = Reference(self.trained.model, on_host=on_host) if plan.uses_reference else None

@@ -7,6 +7,7 @@ loss itself is the objective's.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -138,6 +139,11 @@ def update(
     kept = run_rows(trained, rows, contribution, head=settings.head, forward_only=False)
     trained.schedule.step(1)  # before the update, so that the first one of a warm-up does not have rate zero
     _, grad_norm, _ = trained.optimizer.step()
+    if not math.isfinite(grad_norm):
+        raise FloatingPointError(
+            f"the gradient norm is {grad_norm}: the weights are lost; resume from the last checkpoint with a lower "
+            "optimizer.learning_rate, or look at the batch of this step"
+        )
     metrics = reduce_metrics([outcome.metrics for _, outcome in kept], groups.data)
     metrics["optim/grad_norm"] = float(grad_norm)
     metrics["optim/learning_rate"] = float(trained.optimizer.param_groups[0]["lr"])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_cppo.config import ConfigError
-from megatron_cppo.policy.hf_folder import Reader, disk_name, pad_rows, vocabulary_rows
+from megatron_cppo.policy.hf_folder import Reader, pad_rows, vocabulary_rows
 from megatron_cppo.policy.mapping import Binding, bind, gather
 from megatron_cppo.policy.model import VisionLanguageModel, family
 
@@ -85,8 +85,3 @@ def stream(
     for binding in bindings(model):
         with torch.no_grad():
             yield from gather(binding, tensor_of(binding.parameter), shape=model.shape, group=model.groups.tensor)
-
-
-def official_name(name: str) -> str:
-    """The name under which `stream` gives a parameter of a Hugging Face model's `state_dict()`."""
-    return disk_name(name)

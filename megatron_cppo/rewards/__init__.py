@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from megatron_cppo.config import UserError
 from megatron_cppo.rewards.accuracy import accuracy_reward
 from megatron_cppo.rewards.format import format_reward
 
@@ -20,7 +21,7 @@ RewardFunction = Callable[[str, str, str], float]
 REWARDS: dict[str, RewardFunction] = {"accuracy": accuracy_reward, "format": format_reward}
 
 
-class RewardError(ValueError):
+class RewardError(UserError):
     """A reward that cannot be used as it is written in the config."""
 
 

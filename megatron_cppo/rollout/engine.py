@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from megatron_cppo.config import UserError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from megatron_cppo.types import Group, Prompt
 
 
-class EngineError(ValueError):
+class EngineError(UserError):
     """The engine cannot do what was asked; the text says what, what was got, and how to mend it."""
 
 

@@ -104,6 +104,7 @@ class TransformersEngine:
         max_sequences: int,
         seed: int,
         group: dist.ProcessGroup | None,
+        end_ids: Sequence[int] = (),
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -111,7 +112,8 @@ class TransformersEngine:
 
         `pixels(key)` gives an image's processed patches [num_patches, channels * frames * patch * patch], fp32.
         `decode(ids)` turns a response, end token included, into `Sample.text`. At most `max_sequences` samples are
-        decoded at once. The prompts are dealt out over `group`. Raises EngineError if the checkpoint names no end
+        decoded at once. The prompts are dealt out over `group`. Answers end at `end_ids`, and at those that
+        generation_config.json names. Raises EngineError if the checkpoint names no end
         token, attends through sliding windows, or lacks one of `banned_ids`.
         """
         self._model = AutoModelForImageTextToText.from_pretrained(
@@ -126,7 +128,8 @@ class TransformersEngine:
         if not all(0 <= token < self._vocab_size for token in banned_ids):
             raise EngineError(f"banned ids must be below the vocabulary size {self._vocab_size}, got {banned_ids}")
         self._banned_K = torch.tensor(list(banned_ids), dtype=torch.long, device=self._device)
-        self._end_E = torch.tensor(_end_ids(self._model, model_path), device=self._device)
+        ends = sorted({*_end_ids(self._model, model_path), *end_ids})
+        self._end_E = torch.tensor(ends, device=self._device)
         self._pixels = pixels
         self._decode_text = decode
         self._max_response_tokens = max_response_tokens

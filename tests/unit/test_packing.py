@@ -315,7 +315,7 @@ def test_only_samples_with_positive_advantage_and_an_image_are_perturbed() -> No
         make_sample(text_only, 0, [11], 1.0),
     ):
         assert views_for(sample) == ("original",)
-    row = pack([(0, make_sample(text_only, 0, [11, 12], 1.0), views_for(make_sample(text_only, 0, [11, 12], 1.0)))])
+    row = pack([(0, make_sample(text_only, 0, [11, 12], 1.0), ("original",))])
     assert row.images == ()
     assert row.feature_slots_F.numel() == row.feature_rows_F.numel() == 0
     assert (row.rows_removing_N == -1).all()

@@ -303,6 +303,18 @@ def test_supervised_rows(source: Callable[..., PromptSource], checkpoint: str) -
     assert source(records).take(0, 1)[0].target == ()
 
 
+def test_a_supervised_response_longer_than_the_budget_is_dropped(source: Callable[..., PromptSource]) -> None:
+    records = [
+        record("<image>", [GOOD], truth="7", response="\\boxed{7}"),
+        record("<image>", [GOOD], truth="7", response="seven " * 40),
+    ]
+    length = len(source(records, supervised=True).take(0, 1)[0].target)
+    assert length < 40
+    prompts = source(records, supervised=True, max_response_tokens=length)
+    assert prompts.dropped == {"response too long": 1}
+    assert len(prompts) == 1
+
+
 def test_the_stream_is_a_pure_function_of_position(source: Callable[..., PromptSource]) -> None:
     records = [record(f"question {i}", []) for i in range(7)]
     prompts = source(records, data=DataConfig(shuffle=True))

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_cppo.config import ConfigError
 from megatron_cppo.progress import Progress, duration
-from megatron_cppo.runlog import RunLog, read_lines
+from megatron_cppo.runlog import RunLog, read_lines, refuse_other_config
 from megatron_cppo.types import Sample, SampleStatistics
 from tests.unit.example_run import Clock, answers, example_config, example_log, write_run
 
@@ -199,13 +199,34 @@ def test_a_resumed_run_has_the_files_of_an_unbroken_one(tmp_path: Path, kept: in
 
 def test_resume_deletes_later_samples_and_starts_over_at_0(tmp_path: Path) -> None:
     log_steps(tmp_path, 1, 5)
-    example_log(tmp_path, 10).resume(3)
+    log = example_log(tmp_path, 10)
+    log.resume(3)
+    log.close()
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [f"step_00000{i}.jsonl" for i in (1, 2, 3)]
     log = example_log(tmp_path, 10)
     log.evaluation(0, {"accuracy": 0.1})
+    log.close()
     example_log(tmp_path, 10).resume(0)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
     assert not list((tmp_path / "samples").iterdir())
+
+
+def test_two_processes_cannot_write_one_folder(tmp_path: Path) -> None:
+    log = example_log(tmp_path, 10)
+    with pytest.raises(ConfigError, match=r"another process is running in .*; wait for it"):
+        example_log(tmp_path, 10)
+    log.close()
+    example_log(tmp_path, 10).close()
+
+
+def test_a_folder_whose_run_never_started_may_be_used_again(tmp_path: Path) -> None:
+    example_log(tmp_path, 10).close()
+    config = example_config(tmp_path, 10)
+    other = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, num_steps=11))
+    refuse_other_config(tmp_path, other)
+    log_steps(tmp_path, 1, 1)
+    with pytest.raises(ConfigError, match=r"trainer.num_steps: 10 there, 11 here"):
+        refuse_other_config(tmp_path, other)
 
 
 def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:

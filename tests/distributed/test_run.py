@@ -1,0 +1,198 @@
+"""The product from its command line, on two ranks with TP 2: a run repeats itself to the byte, a killed one goes on to
+the same bytes, and a run folder belongs to one config.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from examples.digits import make_data, make_model
+from megatron_cppo import config as configuration
+from megatron_cppo.config import (
+    AlgorithmConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PerceptionConfig,
+    PolicyConfig,
+    RolloutConfig,
+    TrainerConfig,
+)
+from megatron_cppo.launch import loopback_interface
+
+ROOT = Path(__file__).parents[2]
+NUM_STEPS = 3
+TIMEOUT_SECONDS = 300
+# An untrained model is never right; how long its answer is, is a reward that differs within most groups.
+REWARD = "def even(text, truth, source):\n    return float(len(text) % 2 == 0)\n"
+CONTRACT = ("config.json", "plan.json", "metrics.jsonl", "timings.jsonl", "export/model.safetensors")
+
+
+def tiny_config(folder: Path) -> Config:
+    make_model(folder / "model", seed=3)
+    paths = make_data(folder, seed=3, num_train=64, num_warm=1, num_evaluation=16)
+    return Config(
+        model=ModelConfig(path=str(folder / "model")),
+        data=DataConfig(train=(str(paths["train"]),), evaluation=(str(paths["evaluation"]),), max_prompt_tokens=64),
+        algorithm=AlgorithmConfig(beta=0.01, rewards=("even_length:even=0.9", "format=0.1")),
+        perception=PerceptionConfig(coefficient=0.1),
+        rollout=RolloutConfig(samples_per_prompt=4, max_response_tokens=12),
+        policy=PolicyConfig(device="cpu", precision="fp32", tensor_parallel=2, max_tokens_per_microbatch=1024),
+        # So high that the first step's second update finds a policy unlike the engine's, which is no fault.
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_updates=2, decay="cosine"),
+        trainer=TrainerConfig(
+            num_gpus=2,
+            num_steps=NUM_STEPS,
+            prompts_per_step=4,
+            updates_per_step=2,
+            save_every_steps=1,
+            keep_checkpoints=2,
+            evaluation_samples=2,
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """Starts the command of a run; `folder` holds the recipe, the reward's module and the run folders."""
+
+    folder: Path
+
+    def start(self, run: str, *flags: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "megatron_cppo.train", str(self.folder / "recipe.json")]
+        environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+        environment |= loopback_interface() | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(self.folder)])}
+        with (self.folder / f"{run}.stderr").open("w") as stderr:
+            return subprocess.Popen(
+                [*command, "--trainer.run_dir", str(self.folder / run), *flags],
+                env=environment,
+                cwd=self.folder,
+                stderr=stderr,
+                start_new_session=True,
+            )
+
+    def finish(self, run: str, *flags: str) -> int:
+        """Run to the end; returns its exit status."""
+        process = self.start(run, *flags)
+        try:
+            return process.wait(timeout=TIMEOUT_SECONDS)
+        finally:
+            if process.returncode is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+    def kill_after_checkpoint(self, run: str, step: int) -> None:
+        """Kill all of the run's processes as soon as it has published the checkpoint of `step`."""
+        process = self.start(run)
+        checkpoint = self.folder / run / "checkpoints" / f"step_{step:06d}"
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while not checkpoint.exists() and time.monotonic() < deadline:
+            assert process.poll() is None, self.said(run)
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert checkpoint.exists(), self.said(run)
+
+    def said(self, run: str) -> str:
+        """What the last command of this run wrote to stderr."""
+        return (self.folder / f"{run}.stderr").read_text()
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The folders of three runs of one config; what the third had left when it was killed."""
+
+    launcher: Launcher
+    first: Path
+    second: Path
+    killed: Path
+    left_by_kill: Path
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "even_length.py").write_text(REWARD)
+    configuration.save(tiny_config(folder), folder / "recipe.json")
+    launcher = Launcher(folder)
+    for run in ("first", "second"):
+        assert launcher.finish(run) == 0, launcher.said(run)
+    launcher.kill_after_checkpoint("killed", step=2)
+    shutil.copytree(folder / "killed", folder / "left")
+    assert launcher.finish("killed") == 0, launcher.said("killed")
+    assert "resumed from" in launcher.said("killed")
+    return Runs(launcher, folder / "first", folder / "second", folder / "killed", folder / "left")
+
+
+def lines(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_run_folder_holds_what_is_promised(runs: Runs) -> None:
+    for run in (runs.first, runs.killed):
+        assert [name for name in CONTRACT if not (run / name).is_file()] == []
+        samples = [f"step_{step:06d}.jsonl" for step in range(1, NUM_STEPS + 1)]
+        assert sorted(path.name for path in (run / "samples").iterdir()) == samples
+        assert all(len(lines(run / "samples" / name)) == 16 for name in samples)
+        assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
+        assert sorted(path.name for path in (run / "logs").iterdir()) == ["rank0.log", "rank1.log"]
+        assert f"step {NUM_STEPS}/{NUM_STEPS}" in (run / "logs" / "rank0.log").read_text()
+        assert any((run / "tensorboard").iterdir())
+        side = runs.launcher.folder / "model"
+        for name in ("config.json", "tokenizer.json", "generation_config.json", "chat_template.jinja"):
+            assert (run / "export" / name).read_bytes() == (side / name).read_bytes()
+        assert not list(run.rglob("*partial*"))
+
+
+def test_the_run_learned_something(runs: Runs) -> None:
+    """So that equal bytes below are equal training, not equal idling."""
+    found = lines(runs.first / "metrics.jsonl")
+    steps = [line for line in found if "policy/loss" in line]
+    evaluations = [line["step"] for line in found if "policy/loss" not in line]
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    assert evaluations == [0, 3]
+    assert all(line["optim/grad_norm"] > 0 and line["tokens/vision"] > 0 for line in steps)
+    assert any(line["perception/masked_share"] > 0 for line in steps)
+    assert steps[-1]["policy/kl"] > 0
+    assert (runs.first / "export" / "model.safetensors").read_bytes() != (
+        runs.launcher.folder / "model" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_the_same_command_writes_the_same_bytes(runs: Runs) -> None:
+    for name in ("metrics.jsonl", "plan.json", "export/model.safetensors"):
+        assert (runs.first / name).read_bytes() == (runs.second / name).read_bytes(), name
+    for path in (runs.first / "samples").iterdir():
+        assert path.read_bytes() == (runs.second / "samples" / path.name).read_bytes(), path.name
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(runs: Runs) -> None:
+    assert not (runs.left_by_kill / "export").exists()
+    assert not (runs.left_by_kill / "checkpoints" / "step_000003").exists()
+    for name in ("metrics.jsonl", "export/model.safetensors"):
+        assert (runs.killed / name).read_bytes() == (runs.first / name).read_bytes(), name
+    for path in (runs.first / "samples").iterdir():
+        assert path.read_bytes() == (runs.killed / "samples" / path.name).read_bytes(), path.name
+
+
+def test_a_folder_belongs_to_one_config(runs: Runs) -> None:
+    before = {path: path.read_bytes() for path in runs.first.rglob("*") if path.is_file() and path.suffix != ".log"}
+    status = runs.launcher.finish("first", "--algorithm.beta", "0.02")
+    said = runs.launcher.said("first")
+    assert status == 2, said
+    assert "holds a run of another config" in said
+    assert "algorithm.beta: 0.01 there, 0.02 here" in said
+    assert "fix: choose another --trainer.run_dir" in said
+    assert "Traceback" not in said
+    after = {path: path.read_bytes() for path in runs.first.rglob("*") if path.is_file() and path.suffix != ".log"}
+    assert after == before
