@@ -31,10 +31,16 @@ class Reward:
         """The groups with `reward`, `rewards`, `grading` and `advantage` of every sample filled."""
         rank, size = self._group.rank(), self._group.size()
         every: list[Any] = [None] * size
-        dist.all_gather_object(every, self._graded(groups[rank::size]), group=self._group)
-        graded = {start + i * size: samples for start, part in enumerate(every) for i, samples in enumerate(part)}
-        flat = [sample for i in range(len(groups)) for sample in graded[i]]
-        owner = [i for i in range(len(groups)) for _ in graded[i]]
+        dist.all_gather_object(every, self._grades(groups[rank::size]), group=self._group)
+        graded = [
+            [
+                _with_grade(sample, grade)
+                for sample, grade in zip(group.samples, every[i % size][i // size], strict=True)
+            ]
+            for i, group in enumerate(groups)
+        ]
+        flat = [sample for samples in graded for sample in samples]
+        owner = [i for i, samples in enumerate(graded) for _ in samples]
         advantages = group_advantages(
             torch.tensor([sample.reward for sample in flat]),
             torch.tensor(owner),
@@ -44,7 +50,7 @@ class Reward:
         final = iter(dataclasses.replace(s, advantage=a) for s, a in zip(flat, advantages, strict=True))
         return [Group(group.prompt, tuple(next(final) for _ in group.samples)) for group in groups]
 
-    def _graded(self, groups: Sequence[Group]) -> list[list[Sample]]:
+    def _grades(self, groups: Sequence[Group]) -> list[list[Grade]]:
         """All answers in one call, so that many are graded at once and one that hangs holds up nothing else."""
         items = [
             GradeItem(sample.text, group.prompt.ground_truth, group.prompt.data_source)
@@ -52,7 +58,7 @@ class Reward:
             for sample in group.samples
         ]
         grades = iter(self._grader.grade(items))
-        return [[_with_grade(sample, next(grades)) for sample in group.samples] for group in groups]
+        return [[next(grades) for _ in group.samples] for group in groups]
 
 
 def _with_grade(sample: Sample, grade: Grade) -> Sample:

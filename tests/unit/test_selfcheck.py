@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_cppo.selfcheck import MAX_KL, MAX_LOG_RATIO, SelfCheckError, check_first_step
+from megatron_cppo.selfcheck import MAX_KL, MAX_LOG_RATIO, MAX_LOGP_GAP, SelfCheckError, check_first_step
 from megatron_cppo.types import Batch, Prompt, Sample, SampleStatistics
 
 PROMPT = Prompt("train", 0, 0, "", "", "", (1,), ((0,), (0,), (0,)), 1, (), ())
@@ -22,6 +22,7 @@ def check(
     ratios: Sequence[float] = (0.0, 0.0, 0.0),
     reference: Sequence[float] | None = None,
     engine: Sequence[float] = (0.0, 0.0, 0.0),
+    max_logp_gap: float = 0.1,
     precision: str = "fp32",
     at_sample: int = 1,
     first_update_samples: int = NUM_SAMPLES,
@@ -52,7 +53,7 @@ def check(
         Batch(samples, None, (), tuple(old), tuple(references) if reference is not None else None),
         statistics,
         precision=precision,
-        max_logp_gap=0.1,
+        max_logp_gap=max_logp_gap,
         first_update_samples=first_update_samples,
     )
 
@@ -89,8 +90,16 @@ def test_the_engine_must_agree_with_the_scoring_pass_on_average() -> None:
     for sign in (1, -1):
         check(engine=(sign * 0.0999 * num_tokens, 0.0, 0.0))
         (line,) = failure(engine=(0.0, sign * 0.05005 * num_tokens, -sign * 0.05005 * num_tokens))
-        assert "differ by 1.00e-01 nat a token on average, more than rollout.max_logp_gap 0.1" in line
+        assert "differ by 1.00e-01 nat a token on average, more than 0.1 (rollout.max_logp_gap)" in line
         assert "weight sync" in line
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_without_a_bound_of_the_user_the_engines_follows_from_the_precision(precision: str) -> None:
+    total = MAX_LOGP_GAP[precision] * NUM_SAMPLES * len(LOGP)
+    check(engine=(0.99 * total, 0.0, 0.0), precision=precision, max_logp_gap=0.0)
+    (line,) = failure(engine=(0.0, 1.01 * total, 0.0), precision=precision, max_logp_gap=0.0)
+    assert f"more than {MAX_LOGP_GAP[precision]} (rollout.max_logp_gap)" in line
 
 
 def test_bf16_is_allowed_what_fp32_is_not() -> None:
