@@ -58,7 +58,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AlgorithmConfig:
-    """The objective: L_policy + beta * KL + lambda * CPL - entropy coefficient * H (CPPO.md's equation)."""
+    """The objective: L_policy + beta * KL + lambda * CPL - entropy coefficient * H (arXiv 2601.00501)."""
 
     objective: Literal["cppo", "grpo", "supervised"] = "cppo"
     """cppo: everything; grpo: no perturbed views; supervised: log-likelihood of the rows' own responses."""
