@@ -48,7 +48,6 @@ class Part:
 class State:
     """Everything that a rank's next update depends on, and what the part logged."""
 
-    resumed_at: int | None
     progress: dict[str, Any] | None
     metrics: list[dict[str, float]]
     weights: dict[str, Tensor]
@@ -63,7 +62,9 @@ def run_parts(rank: int, world_size: int, parts: dict[str, Part]) -> dict[str, S
     """All parts, one after the other, in one process group."""
     # The checkpoint writer forks; the launcher's ranks are daemons, which may not.
     multiprocessing.current_process().daemon = False
-    return {name: run_part(part, world_size) for name, part in parts.items()}
+    states = {name: run_part(part, world_size) for name, part in parts.items()}
+    assert multiprocessing.active_children() == [], "the checkpoint writer left a process, which a kill would orphan"
+    return states
 
 
 def run_part(part: Part, world_size: int) -> State:
@@ -109,7 +110,6 @@ def snapshot(policy: Any, progress: dict[str, Any] | None, metrics: list[Any], d
     optimizers = [inner.optimizer for inner in policy.trained.optimizer.chained_optimizers]
     param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     return State(
-        resumed_at=progress["step"] if progress else None,
         progress=progress,
         metrics=metrics,
         weights={name: tensor.clone() for name, tensor in policy.weights()},
@@ -129,10 +129,11 @@ def snapshot(policy: Any, progress: dict[str, Any] | None, metrics: list[Any], d
 
 @dataclass(frozen=True)
 class Runs:
-    """What each rank ended with: in one go, and in the two halves; and what the parent saw on disk in between."""
+    """What each rank ended with: in one go, in two halves, around a save before any update; and what was on disk."""
 
     whole: dict[str, list[State]]
     halves: dict[str, tuple[list[State], list[State]]]
+    early: dict[str, list[State]]
     late: dict[str, list[State]]
     listings: dict[str, list[list[str]]]
 
@@ -153,7 +154,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         parts["first " + layout] = Part(model, layout, folder, 2, save_at=(1, 2), keep=1)
     late = {layout: root / "late" / layout for layout in ("TP2", "DP2 distributed optimizer")}
     for layout, folder in late.items():
-        parts["early " + layout] = Part(model, layout, folder, 1, save_at=(0,))
+        parts["early " + layout] = Part(model, layout, folder, 2, save_at=(0,))
     first = run_distributed(run_parts, 2, parts, timeout_seconds=300)
     listings = {layout: [names(folder)] for layout, folder in folders.items()}
     for folder in folders.values():
@@ -175,6 +176,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             layout: ([rank["first " + layout] for rank in first], [rank["second " + layout] for rank in second])
             for layout in CHECKED
         },
+        early={layout: [rank["early " + layout] for rank in first] for layout in late},
         late={layout: [rank["late " + layout] for rank in second] for layout in late},
         listings=listings,
     )
@@ -188,7 +190,7 @@ def assert_same(found: State, wanted: State) -> None:
     assert len(found.moments) == len(wanted.moments) > 0
     for mine, theirs in zip(found.moments, wanted.moments, strict=True):
         assert mine.keys() == theirs.keys() == {"step", "exp_avg", "exp_avg_sq"}
-        assert float(mine["step"]) == float(theirs["step"]) == NUM_STEPS
+        assert float(mine["step"]) == wanted.schedule["num_steps"]
         assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     assert found.groups == wanted.groups
     assert all(torch.equal(a, b) for a, b in zip(found.random, wanted.random, strict=True))
@@ -208,6 +210,9 @@ def test_a_restored_run_goes_on_to_the_bit(layout: str, runs: Runs) -> None:
 
 @pytest.mark.parametrize("layout", ["TP2", "DP2 distributed optimizer"])
 def test_saving_before_any_update_neither_fails_nor_disturbs(layout: str, runs: Runs) -> None:
+    for early, half in zip(runs.early[layout], runs.halves[layout][0], strict=True):
+        assert_same(early, half)
+        assert early.metrics == half.metrics
     for whole, late in zip(runs.whole[layout], runs.late[layout], strict=True):
         assert late.progress == {"step": 0, "rows": 0}
         assert_same(late, whole)

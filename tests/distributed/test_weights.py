@@ -56,37 +56,42 @@ class Case:
 
 def run_cases(rank: int, world_size: int, cases: dict[Any, Case], broken: dict[str, str]) -> dict[str, Any]:
     """All layouts of one world size, then the loads that must fail; top-level, for `run_distributed`."""
-    platform = check_platform(cases[next(iter(cases))].model)
+    platform = check_platform(cases[next(iter(cases))].model, inside=world_size > 1)
     answers = {name: run_case(case, world_size) for name, case in cases.items()}
     return {"platform": platform, "answers": answers, "errors": load_errors(cases, world_size, broken)}
 
 
-def named_tensors(model: Any) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+@dataclass(frozen=True)
+class Platform:
+    """Devices of tensors made in `torch.device` contexts and for "cuda", and what `from_pretrained` gives."""
+
+    devices: list[str]
+    cuda: list[str]
+    tensors: dict[str, Tensor]
 
 
-def check_platform(folder: str) -> dict[str, Any]:
-    """What Hugging Face loads, and where `torch.device` contexts put tensors, before and after the CPU platform."""
+def check_platform(folder: str, *, inside: bool) -> Platform:
+    """What Hugging Face loads, and where tensors are made: in a fresh process, or in one that begins on the platform.
+
+    Not both in one process: whatever torch and transformers remember of the first would hide what the second does.
+    """
     from megatron_cppo.policy import platform
 
-    def devices() -> dict[str, str]:
-        with torch.device("meta"):
-            made = [torch.empty(2), torch.zeros(2), torch.ones(2), torch.full((2,), 3.0), torch.arange(2)]
-            made += [torch.tensor([1.0]), torch.rand(2), torch.randn(2)]
-        with torch.device("cpu"):
-            made.append(torch.arange(3))
-        return {f"{i} {tensor.dtype}": tensor.device.type for i, tensor in enumerate([*made, torch.arange(3)])}
-
-    before, devices_before = named_tensors(dense_reference.load(folder)), devices()
-    platform.activate("cpu")
-    after = named_tensors(dense_reference.load(folder))
-    cuda = [torch.zeros(2, device="cuda"), torch.empty(2, device=0), torch.ones(2).cuda()]
-    return {
-        "differing": [name for name in before if not torch.equal(before[name], after[name])],
-        "names": (sorted(before), sorted(after)),
-        "devices": (devices_before, devices()),
-        "cuda": [tensor.device.type for tensor in cuda],
-    }
+    if inside:
+        platform.activate("cpu")
+    with torch.device("meta"):
+        made = [torch.empty(2), torch.zeros(2), torch.ones(2), torch.full((2,), 3.0), torch.arange(2)]
+        made += [torch.tensor([1.0]), torch.rand(2), torch.randn(2)]
+    with torch.device("cpu"):
+        made.append(torch.arange(3))
+    made.append(torch.arange(3))
+    cuda = [torch.zeros(2, device="cuda"), torch.empty(2, device=0), torch.ones(2).cuda()] if inside else []
+    model = dense_reference.load(folder)
+    return Platform(
+        devices=[tensor.device.type for tensor in made],
+        cuda=[tensor.device.type for tensor in cuda],
+        tensors={name: tensor.clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]},
+    )
 
 
 def run_case(case: Case, world_size: int) -> Answer:
@@ -230,7 +235,7 @@ class Runs:
     """Every rank's answers by (layout, variant), and the source and export folders."""
 
     answers: dict[tuple[str, str], list[Answer]]
-    platform: list[dict[str, Any]]
+    platform: list[Platform]
     errors: dict[int, list[dict[str, str]]]
     sources: dict[str, str]
     exports: dict[tuple[str, str], Path]
@@ -243,7 +248,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     broken = break_folders(sources["untied"], tmp_path_factory.mktemp("broken"))
     exports = {(layout, variant): root / f"export {layout} {variant}" for layout in AGREEING for variant in VARIANTS}
     answers: dict[tuple[str, str], list[Answer]] = {}
-    platform: list[dict[str, Any]] = []
+    platform: list[Platform] = []
     errors: dict[int, list[dict[str, str]]] = {}
     for world in (1, 2):
         cases = {
@@ -331,14 +336,15 @@ def test_engine_and_policy_agree_on_what_was_sampled(layout: str, variant: str, 
 
 
 def test_the_platform_leaves_devices_and_hugging_faces_loads_as_they_were(runs: Runs) -> None:
-    for seen in runs.platform:
-        before, after = seen["devices"]
-        assert before == after
-        assert list(before.values()) == ["meta"] * 8 + ["cpu"] * 2
-        assert seen["names"][0] == seen["names"][1]
-        assert any(name.endswith("inv_freq") for name in seen["names"][0])
-        assert seen["differing"] == []
-        assert seen["cuda"] == ["cpu"] * 3
+    outside, *inside = runs.platform
+    assert len(inside) == 2
+    assert any(name.endswith("inv_freq") for name in outside.tensors)
+    for seen in inside:
+        assert seen.devices == outside.devices == ["meta"] * 8 + ["cpu"] * 2
+        assert seen.cuda == ["cpu"] * 3
+        assert seen.tensors.keys() == outside.tensors.keys()
+        differing = [name for name in seen.tensors if not torch.equal(seen.tensors[name], outside.tensors[name])]
+        assert differing == []
 
 
 EXPECTED: dict[str, list[str]] = {
