@@ -271,11 +271,16 @@ def _log_to(run_dir: Path, rank: int) -> None:
     if rank == 0:
         handlers.append(logging.StreamHandler())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
+    quiet_libraries(handlers[0])
+
+
+def quiet_libraries(handler: logging.Handler) -> None:
+    """Send what other libraries warn of to `handler` alone, and let them draw no progress bars."""
     for name in ("megatron", "transformers", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.captureWarnings(True)
     warned = logging.getLogger("py.warnings")
-    warned.addHandler(handlers[0])
+    warned.addHandler(handler)
     warned.propagate = False
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"

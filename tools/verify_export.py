@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from pathlib import Path
 from megatron_cppo import launch
 from megatron_cppo.config import Config
 from megatron_cppo.plan import resolve
-from megatron_cppo.train import read_config
+from megatron_cppo.train import quiet_libraries, read_config
 
 MAX_GAP = 1e-4
 
@@ -33,6 +34,7 @@ def answer_as_trained(config: Config, num_prompts: int, output: Path) -> None:
     from megatron_cppo.policy import platform
     from megatron_cppo.train import build_run
 
+    quiet_libraries(logging.NullHandler())
     platform.activate(config.policy.device)
     dist.init_process_group(platform.backend(config.policy.device))
     plan = resolve(config)
@@ -69,6 +71,7 @@ def answer_from_export(config: Config, num_prompts: int) -> list[list[int]]:
     from megatron_cppo.data.tokenizer import vocabulary
 
     folder = str(Path(config.trainer.run_dir) / "export")
+    quiet_libraries(logging.NullHandler())
     words = vocabulary(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     source = PromptSource(
