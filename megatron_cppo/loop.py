@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from megatron_cppo.algo.objective import OBJECTIVES
 from megatron_cppo.config import Config
-from megatron_cppo.data.packing import build_batch, rows_per_rank
+from megatron_cppo.data.packing import build_batch, rows_per_rank, scoring_rows
 from megatron_cppo.evaluate import Evaluation
 from megatron_cppo.plan import Plan
 from megatron_cppo.rewards.scoring import describe
@@ -57,8 +57,9 @@ def reinforce(run: Run) -> None:
             record.add(describe(groups))
             with record.span("batch"):
                 batch = _plan_batch(run, groups, score=checks or plan.scores_old_logp or plan.uses_reference)
-            with record.span("score"):
-                scored = policy.score(batch, old=checks or plan.scores_old_logp, reference=plan.uses_reference)
+            old = checks or plan.scores_old_logp
+            with record.span("score"), log.phase("score", scoring_rows(batch) * (old + plan.uses_reference)) as advance:
+                scored = policy.score(batch, old=old, reference=plan.uses_reference, advance=advance)
             with record.span("update"), log.phase("update", rows_per_rank(batch)) as advance:
                 metrics = policy.update(scored, advance)
             record.add(metrics)
@@ -79,8 +80,8 @@ def supervise(run: Run) -> None:
             with record.span("batch"):
                 groups = [Group(prompt, (_target(prompt),)) for prompt in _prompts(run, step)]
                 batch = _plan_batch(run, groups, score=False)
-            with record.span("update"):
-                record.add(run.policy.update(batch))
+            with record.span("update"), run.log.phase("update", rows_per_rank(batch)) as advance:
+                record.add(run.policy.update(batch, advance))
             if _evaluates(run, step):
                 with record.span("sync"):
                     run.engine.load_weights(run.policy.weights(), version=step)

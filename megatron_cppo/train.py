@@ -29,7 +29,7 @@ from megatron_cppo.config import Config, ConfigError, UserError
 from megatron_cppo.plan import Plan, describe, resolve
 
 if TYPE_CHECKING:
-    from megatron_cppo.data.prompts import PromptSource
+    from megatron_cppo.data.prompts import Phase, PromptSource
     from megatron_cppo.evaluate import Evaluation
     from megatron_cppo.loop import Run
     from megatron_cppo.rewards.scoring import Reward
@@ -185,7 +185,7 @@ def build_run(config: Config, plan: Plan) -> Iterator[Run]:
         describe_view=(lambda key: sources[key.split].view_name(key)) if algorithm.objective == "cppo" else None,
         wandb_project=trainer.wandb_project,
     )
-    sources = _prompt_sources(config)
+    sources = _prompt_sources(config, log.phase)
     policy = Policy(config, plan, pixels=lambda key: sources[key.split].pixels(key), banned_ids=words.banned_ids)
     engine = TransformersEngine(
         config.model.path,
@@ -222,7 +222,7 @@ def build_run(config: Config, plan: Plan) -> Iterator[Run]:
         )
 
 
-def _prompt_sources(config: Config) -> dict[str, PromptSource]:
+def _prompt_sources(config: Config, phase: Phase) -> dict[str, PromptSource]:
     from megatron_cppo.data.prompts import PromptSource
 
     files = {"train": config.data.train, "evaluation": config.data.evaluation}
@@ -238,6 +238,7 @@ def _prompt_sources(config: Config) -> dict[str, PromptSource]:
             max_rows=config.trainer.evaluation_rows if split == "evaluation" else 0,
             supervised=split == "train" and config.algorithm.objective == "supervised",
             max_response_tokens=config.rollout.max_response_tokens,
+            phase=phase,
         )
         for split, chosen in files.items()
         if chosen

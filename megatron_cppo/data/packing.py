@@ -39,6 +39,11 @@ def rows_per_rank(batch: Batch) -> int:
     return sum(len(mini.microbatches[0]) for mini in batch.updates)
 
 
+def scoring_rows(batch: Batch) -> int:
+    """Packed rows that each data-parallel rank runs in one scoring pass; 0 when none was planned."""
+    return len(batch.scoring.microbatches[0]) if batch.scoring is not None else 0
+
+
 def build_batch(
     groups: Sequence[Group],
     *,

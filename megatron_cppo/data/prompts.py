@@ -7,7 +7,8 @@ Letters: T tokens; P patches of an image, D values of a patch.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,16 @@ class _Entry:
     target: tuple[int, ...]
 
 
+Phase = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+"""(name, total) -> a context that yields `advance(n)`; shows progress."""
+
+
+@contextmanager
+def _unwatched(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A phase that nobody watches."""
+    yield lambda _: None
+
+
 class PromptSource:
     """An endless, repeatable stream of prompts, and the pixels behind them.
 
@@ -77,6 +88,7 @@ class PromptSource:
         max_rows: int = 0,
         supervised: bool = False,
         max_response_tokens: int = 0,
+        phase: Phase | None = None,
     ) -> None:
         self._split = split
         self._data = data
@@ -93,7 +105,8 @@ class PromptSource:
         self._vocabulary: Vocabulary = vocabulary(model_path)
         self._reader = PixelReader(model_path, model, max_image_pixels=data.max_image_pixels)
         self._rows = Rows(files)
-        self.dropped, self._entries = self._scan(max_rows)
+        with (phase or _unwatched)(f"read {split}", len(self._rows)) as advance:
+            self.dropped, self._entries = self._scan(max_rows, advance)
         if not self._entries:
             reasons = ", ".join(f"{reason}: {count}" for reason, count in self.dropped.items())
             raise DataError(
@@ -185,12 +198,13 @@ class PromptSource:
             target=entry.target,
         )
 
-    def _scan(self, max_rows: int) -> tuple[dict[str, int], list[_Entry]]:
+    def _scan(self, max_rows: int, advance: Callable[[int], None]) -> tuple[dict[str, int], list[_Entry]]:
         """(dropped rows by reason, usable rows), read in order until `max_rows` are usable (0: all)."""
         dropped: Counter[str] = Counter()
         entries: list[_Entry] = []
         drafts: list[_Draft] = []
         for row in self._rows:
+            advance(1)
             try:
                 drafts.append(self._draft(usable(row, supervised=self._supervised)))
             except RowDropped as reason:

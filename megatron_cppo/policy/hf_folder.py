@@ -96,9 +96,8 @@ class Reader:
 def _style(source: Path) -> dict[str, str]:
     """Prefixes to write, official -> the source folder's own."""
     with Reader(str(source)) as reader:
-        return {
-            official: other for other, official in _STYLES if any(n.startswith(other) for n in reader._names.values())
-        }
+        names = reader.own_names
+        return {official: other for other, official in _STYLES if any(name.startswith(other) for name in names)}
 
 
 def write(tensors: Iterable[tuple[str, Tensor]], *, source: str, target: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +63,17 @@ class Policy:
         self._reference = Reference(self.trained.model, on_host=on_host) if plan.uses_reference else None
         self._seen: list[step.Seen] = []
 
-    def score(self, batch: Batch, *, old: bool, reference: bool) -> Batch:
-        """Fill the batch's old log-probs (under the weights as they are) and the reference's, as asked."""
-        head = self._settings.head
+    def score(self, batch: Batch, *, old: bool, reference: bool, advance: Callable[[int], None] = _ignore) -> Batch:
+        """Fill the batch's old log-probs (under the weights as they are) and the reference's, as asked.
+
+        `advance(n)` hears of n more packed rows of this rank, in each pass.
+        """
+        scores = partial(step.score, self.trained, batch, head=self._settings.head, advance=advance)
         if old:
-            batch = dataclasses.replace(batch, old_logp=step.score(self.trained, batch, head=head))
+            batch = dataclasses.replace(batch, old_logp=scores())
         if reference and self._reference is not None:
             with self._reference.active():
-                batch = dataclasses.replace(batch, reference_logp=step.score(self.trained, batch, head=head))
+                batch = dataclasses.replace(batch, reference_logp=scores())
         return batch
 
     def update(self, batch: Batch, advance: Callable[[int], None] = _ignore) -> dict[str, float]:

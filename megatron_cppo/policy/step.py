@@ -94,7 +94,7 @@ def run_rows(
         )
 
 
-def score(trained: Trained, batch: Batch, *, head: HeadSettings) -> tuple[Tensor, ...]:
+def score(trained: Trained, batch: Batch, *, head: HeadSettings, advance: Callable[[int], None]) -> tuple[Tensor, ...]:
     """Log-probs of every sample's response tokens under the weights as they are, on all ranks.
 
     Communicates over the data-parallel group: each rank scores its rows, all receive all.
@@ -105,6 +105,7 @@ def score(trained: Trained, batch: Batch, *, head: HeadSettings) -> tuple[Tensor
     def rows_logp(row: MicroBatch, rows_head: Head) -> tuple[Tensor, dict[int, Tensor]]:
         device = rows_head.hidden_TH.device
         logp_N, _ = rows_head.statistics(row.rows_original_N.to(device), row.targets_N.to(device))
+        advance(1)
         pieces = logp_N.detach().cpu().split(torch.bincount(row.sample_N, minlength=len(row.sample_ids)).tolist())
         return logp_N.sum(), {i: piece.clone() for i, piece in zip(row.sample_ids, pieces, strict=True) if i >= 0}
 
