@@ -135,7 +135,10 @@ class PolicyConfig:
     sequence_parallel: bool = False
     """Split the activations between layers over the TP ranks (SP)."""
     pipeline_parallel: int = 1
-    """Stages (PP)."""
+    """Stages (PP): the decoder's layers are cut over them; the vision tower is on the first, the head on the last."""
+    layers_per_stage: tuple[int, ...] = ()
+    """Decoder layers of each stage, first to last; empty: the same number on each. Fewer on the first and the last
+    make up for the vision tower and the head."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Of parameters and activations; optimizer state and all statistics are fp32."""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -197,7 +200,14 @@ class TrainerConfig:
     save_every_steps: int = 0
     """Checkpoint period; 0 saves at the end only."""
     keep_checkpoints: int = 2
-    """Older ones are deleted."""
+    """Older ones are deleted, once a newer one is whole."""
+    on_save_failure: Literal["stop", "continue"] = "stop"
+    """What to do when a checkpoint cannot be written (a full disk): stop, or go on and count it."""
+    max_skipped_updates: int = 3
+    """An update whose loss or gradient is not finite is skipped on all ranks, and its batch saved to run_dir/skipped;
+    the run stops when this many in a row were."""
+    hang_minutes: float = 20.0
+    """A rank that makes no progress for this long is named, every rank's stack is shown, and the run ends; 0: never."""
     export: bool = True
     """Write the final weights as a Hugging Face folder, run_dir/export."""
     evaluate_every_steps: int = 0
@@ -221,6 +231,20 @@ class TrainerConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DebugConfig:
+    """Half of a step alone, or one update again. At most one of rollout_only, train_on and replay."""
+
+    save_rollouts: bool = False
+    """Write every step's graded groups, exactly as the update gets them, to run_dir/rollouts."""
+    rollout_only: bool = False
+    """Sample and grade with the starting weights and save the rollouts; no update, nothing of the optimizer."""
+    train_on: str = ""
+    """A folder of saved rollouts: its steps are trained on, nothing is sampled."""
+    replay: str = ""
+    """A folder of a skipped update (run_dir/skipped/...): compute it again and say where it stops being finite."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     """One run."""
 
@@ -232,6 +256,7 @@ class Config:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
 
 
 def save(config: Config, path: Path) -> None:

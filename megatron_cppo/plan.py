@@ -14,14 +14,14 @@ from pathlib import Path
 
 from megatron_cppo import architecture
 from megatron_cppo.architecture import ModelShape
-from megatron_cppo.config import Config, ConfigError
+from megatron_cppo.config import Config, ConfigError, PolicyConfig
 
 BYTES = {"fp32": 4, "bf16": 2}
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes per rank that do not depend on the data: weights, gradients, optimizer and reference, in GiB."""
+    """GiB per rank, of the stage with the most, that do not depend on the data."""
 
     weights_gib: float
     gradients_gib: float
@@ -37,6 +37,7 @@ class Plan:
     shape: ModelShape
     num_ranks: int
     data_parallel: int
+    layers_per_stage: tuple[int, ...]
     padded_vocab_size: int
     samples_per_step: int
     prompts_per_update: int
@@ -86,6 +87,7 @@ def _derive(config: Config, shape: ModelShape) -> Plan:
         shape=shape,
         num_ranks=trainer.num_gpus,
         data_parallel=data_parallel,
+        layers_per_stage=stage_layers(config, shape),
         padded_vocab_size=math.ceil(shape.vocab_size / parallel) * parallel,
         samples_per_step=trainer.prompts_per_step * (1 if supervised else rollout.samples_per_prompt),
         prompts_per_update=trainer.prompts_per_step // trainer.updates_per_step,
@@ -101,6 +103,12 @@ def _derive(config: Config, shape: ModelShape) -> Plan:
     )
 
 
+def stage_layers(config: Config, shape: ModelShape) -> tuple[int, ...]:
+    """Decoder layers of each pipeline stage, first to last."""
+    stages = config.policy.pipeline_parallel
+    return config.policy.layers_per_stage or (shape.num_layers // stages,) * stages
+
+
 def _views(config: Config) -> int:
     return 3 if config.algorithm.objective == "cppo" else 1
 
@@ -112,9 +120,7 @@ def longest_sample(config: Config) -> int:
 
 def _memory(config: Config, shape: ModelShape, data_parallel: int, reference: bool) -> Memory:
     policy, gib = config.policy, 2**30
-    language = (shape.num_parameters - shape.vision.num_parameters) / policy.tensor_parallel
-    local = language + shape.vision.num_parameters
-    trained = local if config.model.train_vision else language
+    local, trained = _largest_stage(config, shape)
     weights = local * BYTES[policy.precision] / gib
     main = 8 if policy.precision == "fp32" else 12
     shards = data_parallel if policy.distributed_optimizer else 1
@@ -128,12 +134,29 @@ def _memory(config: Config, shape: ModelShape, data_parallel: int, reference: bo
     )
 
 
+def _largest_stage(config: Config, shape: ModelShape) -> tuple[float, float]:
+    """The most parameters that a rank of any stage holds, and the most that one trains."""
+    layers, last = stage_layers(config, shape), config.policy.pipeline_parallel - 1
+    vocabulary = shape.vocab_size * shape.hidden_size
+    held, trained = [], []
+    for stage, num_layers in enumerate(layers):
+        language = num_layers * shape.layer_parameters
+        if stage == 0:
+            language += vocabulary
+        if stage == last:
+            # Tied weights are one tensor on a single stage, and a copy of it on the last of several.
+            language += shape.hidden_size + (0 if shape.tied and last == 0 else vocabulary)
+        vision = shape.vision.num_parameters if stage == 0 else 0
+        share = language / config.policy.tensor_parallel
+        held.append(share + vision)
+        trained.append(share + (vision if config.model.train_vision else 0))
+    return max(held), max(trained)
+
+
 def _layout_problems(config: Config, shape: ModelShape | None) -> list[str]:
     policy, ranks = config.policy, config.trainer.num_gpus
     model_ranks = policy.tensor_parallel * policy.pipeline_parallel
     problems = []
-    if policy.pipeline_parallel != 1:
-        problems.append(f"policy.pipeline_parallel: {policy.pipeline_parallel} stages are not supported yet; use 1")
     if min(model_ranks, ranks) >= 1 and ranks % model_ranks:
         nearest = max(1, round(ranks / model_ranks)) * model_ranks
         problems.append(
@@ -152,6 +175,7 @@ def _layout_problems(config: Config, shape: ModelShape | None) -> list[str]:
         "feed-forward channels": shape.ffn_size,
     }
     undivided = [f"{count} {name}" for name, count in counts.items() if count % policy.tensor_parallel]
+    problems += _stage_problems(policy, shape.num_layers)
     if undivided:
         nearest = nearest_divisor(math.gcd(*counts.values()), policy.tensor_parallel)
         problems.append(
@@ -159,6 +183,27 @@ def _layout_problems(config: Config, shape: ModelShape | None) -> list[str]:
             f"use {nearest}"
         )
     return problems
+
+
+def _stage_problems(policy: PolicyConfig, num_layers: int) -> list[str]:
+    """How the layers cannot be cut into stages."""
+    stages, given = policy.pipeline_parallel, policy.layers_per_stage
+    if stages < 1:
+        return []
+    if stages > num_layers:
+        return [f"policy.pipeline_parallel: {stages} stages, but the model has {num_layers} layers; use fewer"]
+    even = " ".join(str(num_layers // stages + (stage < num_layers % stages)) for stage in range(stages))
+    if given and (len(given) != stages or sum(given) != num_layers or min(given) < 1):
+        return [
+            f"policy.layers_per_stage: {' '.join(map(str, given))} are {len(given)} stages with {sum(given)} layers; "
+            f"pipeline_parallel is {stages}, the model has {num_layers} layers, and each stage needs one; use {even}"
+        ]
+    if not given and num_layers % stages:
+        return [
+            f"policy.pipeline_parallel: {stages} does not divide the model's {num_layers} layers; use "
+            f"{nearest_divisor(num_layers, stages)}, or cut them yourself: --policy.layers_per_stage {even}"
+        ]
+    return []
 
 
 def _batch_problems(config: Config) -> list[str]:
@@ -197,6 +242,7 @@ _BOUNDS: tuple[tuple[str, str, float, float], ...] = (
     ("rollout", "temperature", 1e-6, math.inf),
     ("rollout", "max_sequences", 1, math.inf),
     ("policy", "tensor_parallel", 1, math.inf),
+    ("policy", "pipeline_parallel", 1, math.inf),
     ("optimizer", "learning_rate", 0, math.inf),
     ("optimizer", "max_grad_norm", 0, math.inf),
     ("trainer", "num_gpus", 1, math.inf),
@@ -212,6 +258,8 @@ _BOUNDS: tuple[tuple[str, str, float, float], ...] = (
     ("trainer", "evaluate_every_steps", 0, math.inf),
     ("trainer", "save_every_steps", 0, math.inf),
     ("trainer", "keep_samples_every_steps", 0, math.inf),
+    ("trainer", "max_skipped_updates", 1, math.inf),
+    ("trainer", "hang_minutes", 0, math.inf),
     ("trainer", "seed", 0, 2**31 - 1),
     ("optimizer", "min_learning_rate", 0, math.inf),
     ("optimizer", "warmup_updates", 0, math.inf),

@@ -45,7 +45,7 @@ def build(
     """Build this rank's stage, load the checkpoint into it, and make its optimizer. Called by all ranks."""
     network = VisionLanguageModel(
         plan.shape,
-        config=decoder_config(plan.shape, policy),
+        config=decoder_config(plan.shape, policy, layers_per_stage=plan.layers_per_stage),
         model=model,
         padded_vocab_size=plan.padded_vocab_size,
         pixels=pixels,

@@ -6,6 +6,7 @@ Rank order is Megatron's: TP fastest, then CP, DP, PP. Everything else receives 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -17,10 +18,11 @@ from megatron_cppo.config import PolicyConfig
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """Groups of this rank. `data` has one rank per replica, `world` all ranks of the trainer."""
+    """Groups of this rank. `data` has one rank per replica, `pipeline` one per stage, `world` all of the trainer."""
 
     collection: ProcessGroupCollection
     tensor: dist.ProcessGroup
+    pipeline: dist.ProcessGroup
     data: dist.ProcessGroup
     world: dist.ProcessGroup
 
@@ -28,6 +30,31 @@ class Groups:
     def data_rank(self) -> int:
         """Which replica this rank belongs to."""
         return self.data.rank()
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the vision tower and the embedding."""
+        return self.pipeline.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the head, and so sees losses and log-probs."""
+        return self.pipeline.rank() == self.pipeline.size() - 1
+
+    def from_last_stages(self, mine: Any) -> list[Any]:
+        """What the last stage's rank of every replica holds as `mine`, in the order of the replicas, on all ranks.
+
+        Communicates over `data` on the last stage, then over `pipeline`. `mine` of other stages is not looked at.
+        """
+        every: list[Any] = [mine]
+        if self.data.size() > 1 and self.is_last_stage:
+            every = [None] * self.data.size()
+            dist.all_gather_object(every, mine, group=self.data)
+        if self.pipeline.size() > 1:
+            holder = [every]
+            dist.broadcast_object_list(holder, group=self.pipeline, group_src=self.pipeline.size() - 1)
+            every = holder[0]
+        return every
 
 
 def make(config: PolicyConfig, *, seed: int) -> Groups:
@@ -40,7 +67,13 @@ def make(config: PolicyConfig, *, seed: int) -> Groups:
     model_parallel_cuda_manual_seed(seed)
     collection = ProcessGroupCollection.use_mpu_process_groups()
     assert dist.group.WORLD is not None, "torch.distributed must be initialised before the groups"
-    return Groups(collection=collection, tensor=collection.tp, data=collection.dp_cp, world=dist.group.WORLD)
+    return Groups(
+        collection=collection,
+        tensor=collection.tp,
+        pipeline=collection.pp,
+        data=collection.dp_cp,
+        world=dist.group.WORLD,
+    )
 
 
 def destroy() -> None:

@@ -127,13 +127,13 @@ class RMSNorm(nn.RMSNorm):
         weight.sequence_parallel = config.sequence_parallel
 
 
-def decoder_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """The decoder's modules: Megatron-Core's local ones, with this file's attention and norm."""
+def decoder_spec(num_layers: int) -> TransformerBlockSubmodules:
+    """The modules of a stage of `num_layers`: Megatron-Core's local ones, with this file's attention and norm."""
     layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     layer.submodules.self_attention.submodules.core_attention = PackedAttention
-    return TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 
 
 def rope_angles(positions_3T: Tensor, *, head_size: int, theta: float, section: tuple[int, ...]) -> Tensor:

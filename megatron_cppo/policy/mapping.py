@@ -103,6 +103,18 @@ def bind(named_parameters: Iterator[tuple[str, nn.Parameter]], rules: Sequence[R
     return bindings
 
 
+def whole_shapes(binding: Binding, *, shape: ModelShape, num_ranks: int) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and sizes of the Hugging Face tensors that `gather` makes of a parameter cut over `num_ranks` of TP."""
+    rule, meta = binding.rule, torch.empty(binding.parameter.shape, device="meta")
+    sizes = []
+    for name, piece in zip(binding.hf_names, rule.split(meta, shape), strict=True):
+        size = list(piece.shape)
+        if rule.axis is not None:
+            size[rule.axis] *= num_ranks
+        sizes.append((name, tuple([shape.vocab_size, *size[1:]] if rule.vocab else size)))
+    return sizes
+
+
 def gather(
     binding: Binding, tensor: Tensor, *, shape: ModelShape, group: dist.ProcessGroup
 ) -> Iterator[tuple[str, Tensor]]:

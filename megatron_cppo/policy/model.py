@@ -24,6 +24,7 @@ with warnings.catch_warnings():
     from megatron.core.enums import ModelType
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.module import MegatronModule
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_cppo.algo.vocab_parallel import linear_divergence, linear_statistics
@@ -71,7 +72,7 @@ def _parse(text: str) -> object:
     return text
 
 
-def decoder_config(shape: ModelShape, policy: PolicyConfig) -> TransformerConfig:
+def decoder_config(shape: ModelShape, policy: PolicyConfig, *, layers_per_stage: tuple[int, ...]) -> TransformerConfig:
     """Megatron-Core's config of the decoder, for `policy`'s layout. Nothing but what correctness needs is switched."""
     dtype = DTYPES[policy.precision]
     recompute = {
@@ -91,6 +92,7 @@ def decoder_config(shape: ModelShape, policy: PolicyConfig) -> TransformerConfig
         "attention_dropout": 0.0,
         "tensor_model_parallel_size": policy.tensor_parallel,
         "pipeline_model_parallel_size": policy.pipeline_parallel,
+        "pipeline_model_parallel_layout": _stages(layers_per_stage),
         "sequence_parallel": policy.sequence_parallel,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
@@ -110,8 +112,20 @@ def decoder_config(shape: ModelShape, policy: PolicyConfig) -> TransformerConfig
     return TransformerConfig(**settings, **_overrides(policy.megatron_overrides, settings))
 
 
+def _stages(layers: tuple[int, ...]) -> list[list[str]] | None:
+    """Megatron-Core's description of the stages; None for a single one."""
+    if len(layers) == 1:
+        return None
+    stages = [["decoder"] * count for count in layers]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
+
+
 class VisionLanguageModel(MegatronModule):
-    """One stage of the policy: `visual` (first stage) and `language_model`."""
+    """One stage of the policy: `visual` (first stage) and `language_model`.
+
+    With tied embeddings the last of several stages holds a copy, which Megatron-Core keeps equal: the copies'
+    gradients are summed, and `shared` ones count once in the gradient norm.
+    """
 
     def __init__(
         self,
@@ -127,8 +141,8 @@ class VisionLanguageModel(MegatronModule):
         super().__init__(config)
         self.shape, self.groups, self.pixels, self.device = shape, groups, pixels, device
         self.train_vision = model.train_vision
-        self.pre_process = groups.collection.pp.rank() == 0
-        self.post_process = groups.collection.pp.rank() == groups.collection.pp.size() - 1
+        self.pre_process = groups.is_first_stage
+        self.post_process = groups.is_last_stage
         self.share_embeddings_and_output_weights = shape.tied
         self.model_type = ModelType.encoder_or_decoder
         if self.pre_process:
@@ -136,7 +150,7 @@ class VisionLanguageModel(MegatronModule):
             self.visual.requires_grad_(model.train_vision)
         self.language_model = GPTModel(
             config,
-            decoder_spec(config),
+            decoder_spec(get_num_layers_to_build(config, pp_rank=groups.pipeline.rank())),
             padded_vocab_size,
             max_sequence_length=0,
             pre_process=self.pre_process,

@@ -22,10 +22,6 @@ from megatron_cppo.policy.vision import Pixels
 from megatron_cppo.types import Batch, MicroBatch, SampleStatistics
 
 
-def _ignore(_: int) -> None:
-    """Progress that nobody watches."""
-
-
 class Policy:
     """One rank's share of the policy. Every public method is called by all ranks, in the same order.
 
@@ -62,8 +58,10 @@ class Policy:
         on_host = config.policy.reference == "host"
         self._reference = Reference(self.trained.model, on_host=on_host) if plan.uses_reference else None
         self._seen: list[step.Seen] = []
+        self.skipped: tuple[int, ...] = ()
+        """The mini-batches of the last `update` that changed nothing, as their loss or gradient was not finite."""
 
-    def score(self, batch: Batch, *, old: bool, reference: bool, advance: Callable[[int], None] = _ignore) -> Batch:
+    def score(self, batch: Batch, *, old: bool, reference: bool, advance: Callable[[int], None] = step.ignore) -> Batch:
         """Fill the batch's old log-probs (under the weights as they are) and the reference's, as asked.
 
         `advance(n)` hears of n more packed rows of this rank, in each pass.
@@ -76,9 +74,11 @@ class Policy:
                 batch = dataclasses.replace(batch, reference_logp=scores())
         return batch
 
-    def update(self, batch: Batch, advance: Callable[[int], None] = _ignore) -> dict[str, float]:
+    def update(self, batch: Batch, advance: Callable[[int], None] = step.ignore) -> dict[str, float]:
         """One optimizer update per mini-batch; returns metrics, averaged over the updates, the same on all ranks.
 
+        An update whose loss or gradient is not finite is skipped on all ranks, and left out of the averages unless
+        all were; see `skipped`.
         `advance(n)` hears of n more packed rows of this rank.
         """
         self._seen = []
@@ -87,20 +87,21 @@ class Policy:
             metrics, seen = step.update(self.trained, batch, mini, self._settings, advance)
             every.append(metrics)
             self._seen += seen
-        names = sorted({name for metrics in every for name in metrics})
-        found = {name: [metrics[name] for metrics in every if name in metrics] for name in names}
-        averages = {name: sum(values) / len(values) for name, values in found.items()}
-        return averages | {"tokens/vision": float(_vision_tokens(batch)), "tokens/segments": float(_row_tokens(batch))}
+        self.skipped = tuple(i for i, metrics in enumerate(every) if metrics["optim/skipped_updates"])
+        return _averages(every) | {
+            "optim/skipped_updates": float(len(self.skipped)),
+            "tokens/vision": float(_vision_tokens(batch)),
+            "tokens/segments": float(_row_tokens(batch)),
+        }
 
     def statistics(self) -> list[SampleStatistics]:
-        """What the last `update` saw of every sample, ordered by sample; on all ranks. Communicates over DP."""
+        """What the last `update` saw of every sample, ordered by sample; on all ranks. Communicates over DP and PP."""
         mine = [item for row, outcome in self._seen for item in step.sample_statistics(row, outcome)]
-        every: list[Any] = [None] * self.groups.data.size()
-        dist.all_gather_object(every, mine, group=self.groups.data)
+        every = self.groups.from_last_stages(mine)
         return sorted((item for part in every for item in part), key=lambda item: item.sample_id)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole tensors under official Hugging Face names, on every rank. Communicates over TP."""
+        """Whole tensors under official Hugging Face names, on every rank. Communicates over TP and PP."""
         return weights.stream(self.trained.model)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
@@ -128,6 +129,14 @@ class Policy:
 def _main_gradient(parameter: Any) -> Tensor:
     """DDP's fp32 gradient of a parameter."""
     return parameter.main_grad
+
+
+def _averages(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Each metric's mean over the updates that have it; skipped ones count only where there is no other."""
+    counted = [metrics for metrics in updates if not metrics["optim/skipped_updates"]] or list(updates)
+    names = sorted({name for metrics in counted for name in metrics})
+    found = {name: [metrics[name] for metrics in counted if name in metrics] for name in names}
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def _rows(batch: Batch) -> Iterator[MicroBatch]:

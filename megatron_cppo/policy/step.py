@@ -1,7 +1,8 @@
 """Passes of a mini-batch through Megatron-Core's schedules: an update, or a scoring pass without gradient.
 
 Owns what happens between packed rows and numbers: the forward step, the reduction of gradients and of metrics. The
-loss itself is the objective's.
+loss itself is the objective's. Only the last pipeline stage sees losses and log-probs; what is returned is shared
+with all.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from megatron_cppo.algo.objective import Counts, Objective, Outcome, Tokens
@@ -43,6 +45,10 @@ class LossSettings:
     head: HeadSettings
 
 
+def ignore(_: int) -> None:
+    """Progress that nobody watches."""
+
+
 def finalize_gradients(groups: Groups) -> Callable[..., None]:
     """Megatron-Core's reduction of gradients, then the vision tower's sum over TP: each rank encoded its own images.
 
@@ -51,7 +57,7 @@ def finalize_gradients(groups: Groups) -> Callable[..., None]:
 
     def finalize(model: list[Any], _num_tokens: Tensor | None = None, **options: Any) -> None:
         finalize_model_grads(model, None, **options)
-        gradients = [
+        gradients = [  # of the first stage; the others hold no tower
             parameter.main_grad
             for chunk in model
             for name, parameter in chunk.named_parameters()
@@ -67,9 +73,18 @@ def finalize_gradients(groups: Groups) -> Callable[..., None]:
 
 
 def run_rows(
-    trained: Trained, rows: Sequence[MicroBatch], function: RowFunction, *, head: HeadSettings, forward_only: bool
+    trained: Trained,
+    rows: Sequence[MicroBatch],
+    function: RowFunction,
+    *,
+    head: HeadSettings,
+    forward_only: bool,
+    advance: Callable[[int], None] = ignore,
 ) -> list[Any]:
-    """Run `rows` through the schedule; returns what `function` kept of each (on the last stage)."""
+    """Run `rows` through the schedule; returns what `function` kept of each on the last stage, else nothing.
+
+    `advance(n)` hears of n more rows of this stage.
+    """
 
     def forward_step(iterator: Iterator[MicroBatch], wrapped: Any) -> tuple[Tensor, Any]:
         row = next(iterator)
@@ -78,9 +93,13 @@ def run_rows(
             value, kept = function(row, Head(trained.model, hidden_T1H, head))
             return value, torch.zeros((), dtype=torch.int, device=value.device), kept
 
-        return wrapped(row), loss
+        hidden_T1H = wrapped(row)
+        advance(1)
+        return hidden_T1H, loss
 
-    schedule = get_forward_backward_func(pp_size=trained.model.groups.collection.pp.size())
+    pipeline = trained.model.groups.pipeline
+    neighbours = P2PCommunicator(pipeline, trained.model.config) if pipeline.size() > 1 else None
+    schedule = get_forward_backward_func(pp_size=pipeline.size())
     with torch.set_grad_enabled(not forward_only):
         return schedule(
             forward_step_func=forward_step,
@@ -90,6 +109,7 @@ def run_rows(
             seq_length=1,
             micro_batch_size=1,
             forward_only=forward_only,
+            p2p_communicator=neighbours,
             pg_collection=trained.model.groups.collection,
         )
 
@@ -97,7 +117,7 @@ def run_rows(
 def score(trained: Trained, batch: Batch, *, head: HeadSettings, advance: Callable[[int], None]) -> tuple[Tensor, ...]:
     """Log-probs of every sample's response tokens under the weights as they are, on all ranks.
 
-    Communicates over the data-parallel group: each rank scores its rows, all receive all.
+    Communicates: each replica scores its rows, all ranks receive all.
     """
     assert batch.scoring is not None, "the batch was planned without a scoring pass"
     groups = trained.model.groups
@@ -105,16 +125,13 @@ def score(trained: Trained, batch: Batch, *, head: HeadSettings, advance: Callab
     def rows_logp(row: MicroBatch, rows_head: Head) -> tuple[Tensor, dict[int, Tensor]]:
         device = rows_head.hidden_TH.device
         logp_N, _ = rows_head.statistics(row.rows_original_N.to(device), row.targets_N.to(device))
-        advance(1)
         pieces = logp_N.detach().cpu().split(torch.bincount(row.sample_N, minlength=len(row.sample_ids)).tolist())
         return logp_N.sum(), {i: piece.clone() for i, piece in zip(row.sample_ids, pieces, strict=True) if i >= 0}
 
     rows = batch.scoring.microbatches[groups.data_rank]
-    mine: dict[int, Tensor] = {}
-    for kept in run_rows(trained, rows, rows_logp, head=head, forward_only=True):
-        mine |= kept
+    kept = run_rows(trained, rows, rows_logp, head=head, forward_only=True, advance=advance)
     every: dict[int, Tensor] = {}
-    for part in _gather_objects(mine, groups.data):
+    for part in (row for replica in groups.from_last_stages(kept) for row in replica):
         every |= part
     return tuple(every[i] for i in range(len(batch.samples)))
 
@@ -122,33 +139,57 @@ def score(trained: Trained, batch: Batch, *, head: HeadSettings, advance: Callab
 def update(
     trained: Trained, batch: Batch, mini: MiniBatch, settings: LossSettings, advance: Callable[[int], None]
 ) -> tuple[dict[str, float], list[Seen]]:
-    """One optimizer update on `mini`. Returns its metrics, the same on all ranks, and what this rank saw."""
+    """One optimizer update on `mini`, or none where loss or gradient are not finite.
+
+    Returns its metrics, the same on all ranks, and what this rank saw (on the last stage). `optim/skipped_updates` is
+    1 when nothing was updated: weights, optimizer state and learning-rate schedule are as before.
+    """
+    kept = gradients(trained, batch, mini, settings, advance)
+    losses = [outcome.loss for _, outcome in kept]
+    metrics = reduce_metrics([outcome.metrics for _, outcome in kept], trained.model.groups)
+    grad_norm, applied = _apply(trained, losses)
+    metrics["optim/grad_norm"] = grad_norm
+    metrics["optim/learning_rate"] = float(trained.optimizer.param_groups[0]["lr"])
+    metrics["optim/skipped_updates"] = float(not applied)
+    return metrics, kept
+
+
+def gradients(
+    trained: Trained, batch: Batch, mini: MiniBatch, settings: LossSettings, advance: Callable[[int], None] = ignore
+) -> list[Seen]:
+    """Leave `mini`'s reduced gradients in the model's gradient buffers; returns what the last stage saw."""
     groups = trained.model.groups
-    rows = mini.microbatches[groups.data_rank]
     counts = _counts(trained, batch, mini, settings)
 
     def contribution(row: MicroBatch, head: Head) -> tuple[Tensor, Seen]:
         tokens = response_tokens(row, batch, trained.model.device)
         outcome = settings.objective.loss(tokens, head, counts, settings.algorithm, settings.perception)
         _add_engine_gap(row, batch, tokens, outcome)
-        advance(1)
         loss, outcome.loss = outcome.loss, outcome.loss.detach()  # what is kept must not keep the graph
         return loss, (row, outcome)
 
     trained.wrapped.zero_grad_buffer()
     trained.optimizer.zero_grad()
-    kept = run_rows(trained, rows, contribution, head=settings.head, forward_only=False)
+    rows = mini.microbatches[groups.data_rank]
+    return run_rows(trained, rows, contribution, head=settings.head, forward_only=False, advance=advance)
+
+
+def _apply(trained: Trained, losses: Sequence[Tensor]) -> tuple[float, bool]:
+    """Update the weights when every loss and the gradient norm are finite, on all ranks or on none.
+
+    Returns the gradient norm and whether it was done. The gradient norm is the same on all ranks, as it is a sum over
+    them; losses are known to the last stage alone.
+    """
+    optimizer = trained.optimizer
+    unusable = torch.tensor(float(not all(bool(loss.isfinite()) for loss in losses)), device=trained.model.device)
+    dist.all_reduce(unusable, op=dist.ReduceOp.MAX, group=trained.model.groups.world)
+    optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    if unusable or not math.isfinite(grad_norm):
+        return grad_norm, False
     trained.schedule.step(1)  # before the update, so that the first one of a warm-up does not have rate zero
-    _, grad_norm, _ = trained.optimizer.step()
-    if not math.isfinite(grad_norm):
-        raise FloatingPointError(
-            f"the gradient norm is {grad_norm}: the weights are lost; resume from the last checkpoint with a lower "
-            "optimizer.learning_rate, or look at the batch of this step"
-        )
-    metrics = reduce_metrics([outcome.metrics for _, outcome in kept], groups.data)
-    metrics["optim/grad_norm"] = float(grad_norm)
-    metrics["optim/learning_rate"] = float(trained.optimizer.param_groups[0]["lr"])
-    return metrics, kept
+    optimizer.step()
+    return grad_norm, True
 
 
 def _counts(trained: Trained, batch: Batch, mini: MiniBatch, settings: LossSettings) -> Counts:
@@ -175,7 +216,7 @@ def _counts(trained: Trained, batch: Batch, mini: MiniBatch, settings: LossSetti
 
     rows = mini.microbatches[groups.data_rank]
     mine = sum(run_rows(trained, rows, masked, head=settings.head, forward_only=True))
-    return counts(num_masked_tokens=max(1, sum(_gather_objects(mine, groups.data))))
+    return counts(num_masked_tokens=max(1, sum(groups.from_last_stages(mine))))
 
 
 def response_tokens(row: MicroBatch, batch: Batch, device: torch.device) -> Tokens:
@@ -218,15 +259,15 @@ def _add_engine_gap(row: MicroBatch, batch: Batch, tokens: Tokens, outcome: Outc
     outcome.metrics["policy/logp_gap"] = (gap, torch.tensor(float(engine_N.numel())))
 
 
-def reduce_metrics(rows: Sequence[dict[str, tuple[Tensor, Tensor]]], group: dist.ProcessGroup) -> dict[str, float]:
-    """Sum the (sum, count) pairs over rows and over the ranks of `group`, then divide; the same on all ranks."""
+def reduce_metrics(rows: Sequence[dict[str, tuple[Tensor, Tensor]]], groups: Groups) -> dict[str, float]:
+    """Sum the last stages' (sum, count) pairs over rows and replicas, then divide; the same on all ranks."""
     mine: dict[str, tuple[float, float]] = {}
     for metrics in rows:
         for name, (total, count) in metrics.items():
             old = mine.get(name, (0.0, 0.0))
             mine[name] = (old[0] + float(total), old[1] + float(count))
     sums: dict[str, tuple[float, float]] = {}
-    for part in _gather_objects(mine, group):
+    for part in groups.from_last_stages(mine):
         for name, (total, count) in part.items():
             old = sums.get(name, (0.0, 0.0))
             sums[name] = (old[0] + total, old[1] + count)
@@ -260,11 +301,3 @@ def sample_statistics(row: MicroBatch, outcome: Outcome) -> Iterator[SampleStati
                 entropy_removing=tuple(removing) if perturbed else None,
                 mask=tuple(mask) if perturbed else None,
             )
-
-
-def _gather_objects(mine: Any, group: dist.ProcessGroup) -> list[Any]:
-    if group.size() == 1:
-        return [mine]
-    every: list[Any] = [None] * group.size()
-    dist.all_gather_object(every, mine, group=group)
-    return every

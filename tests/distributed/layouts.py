@@ -29,8 +29,33 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "policy__recompute": "full",
     },
     "TP2 recompute selective": {"policy__tensor_parallel": 2, "policy__recompute": "selective"},
+    "PP2": {"policy__pipeline_parallel": 2},
+    "PP2 recompute full": {"policy__pipeline_parallel": 2, "policy__recompute": "full"},
+    "PP2xDP2": {"policy__pipeline_parallel": 2},
+    "PP2xDP2 distributed optimizer": {"policy__pipeline_parallel": 2, "policy__distributed_optimizer": True},
+    "TP2xPP2": {"policy__tensor_parallel": 2, "policy__pipeline_parallel": 2},
+    "TP2xPP2+SP": {
+        "policy__tensor_parallel": 2,
+        "policy__pipeline_parallel": 2,
+        "policy__sequence_parallel": True,
+    },
 }
-WORLD = {name: 1 if name == "TP1" else 2 for name in LAYOUTS}
+UNEVEN: dict[str, dict[str, Any]] = {
+    "PP2 uneven": {**LAYOUTS["PP2"], "policy__layers_per_stage": (1, 2)},
+    "PP3": {"policy__pipeline_parallel": 3},
+    "TP2xPP2+SP uneven": {**LAYOUTS["TP2xPP2+SP"], "policy__layers_per_stage": (2, 1)},
+}
+"""For models of three layers; all of `LAYOUTS` are for models of an even number."""
+
+
+def world(name: str) -> int:
+    """Ranks of a layout."""
+    fields = {**LAYOUTS, **UNEVEN}[name]
+    model = fields.get("policy__tensor_parallel", 1) * fields.get("policy__pipeline_parallel", 1)
+    return model * (2 if "DP2" in name else 1)
+
+
+WORLD = {name: world(name) for name in (*LAYOUTS, *UNEVEN)}
 
 
 @dataclass(frozen=True)
@@ -134,13 +159,8 @@ def sample_logits(policy: Any, batch: Batch) -> list[Tensor]:
 
     assert batch.scoring is not None, "plan the batch with score=True"
     rows = batch.scoring.microbatches[policy.groups.data_rank]
-    found = [
-        pair
-        for kept in step.run_rows(policy.trained, rows, keep, head=HeadSettings(1.0, (), "torch"), forward_only=True)
-        for pair in kept
-    ]
-    every: list[Any] = [None] * policy.groups.data.size()
-    dist.all_gather_object(every, found, group=policy.groups.data)
+    kept = step.run_rows(policy.trained, rows, keep, head=HeadSettings(1.0, (), "torch"), forward_only=True)
+    every = policy.groups.from_last_stages([pair for pairs in kept for pair in pairs])
     by_sample = {index: logits for part in every for index, logits in part if index >= 0}
     return [by_sample[i] for i in range(len(batch.samples))]
 

@@ -40,6 +40,8 @@ CUTS = {
     **{layout: (layout, 600, False) for layout in LAYOUTS if layout != "TP1"},
     "DP2, small rows, reversed": ("DP2", 213, True),
     "TP2+SP, small rows": ("TP2+SP", 213, False),
+    "PP2, small rows, reversed": ("PP2", 213, True),
+    "TP2xPP2+SP, small rows": ("TP2xPP2+SP", 213, False),
 }
 MASK_NOISE = 1e-4
 """No mask may hang on less than this many nats; fp32 entropies of two layouts differ by about 1e-6."""
@@ -58,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def answers(folder: str) -> dict[tuple[str, str], Answer]:
-    cases: dict[int, dict[Any, Case]] = {1: {}, 2: {}}
+    cases: dict[int, dict[Any, Case]] = {1: {}, 2: {}, 4: {}}
     for objective in OBJECTIVES:
         for cut in CUTS:
             cases[WORLD[CUTS[cut][0]]][objective, cut] = _case(folder, objective, cut)

@@ -30,7 +30,9 @@ PATCH_NUMBERS = 3 * 2 * 14 * 14
 GRIDS = ((1, 4, 4), (1, 6, 4), (1, 4, 8), (1, 10, 6))
 
 
-def make_checkpoint(folder: Path, *, vocab_size: int = 131, tied: bool = False, full_attention: bool = False) -> str:
+def make_checkpoint(
+    folder: Path, *, vocab_size: int = 131, tied: bool = False, full_attention: bool = False, num_layers: int = 2
+) -> str:
     """Write a tiny random checkpoint; weights are large enough that no view is the same as another."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -39,7 +41,7 @@ def make_checkpoint(folder: Path, *, vocab_size: int = 131, tied: bool = False, 
             "vocab_size": vocab_size,
             "hidden_size": 32,
             "intermediate_size": 64,
-            "num_hidden_layers": 2,
+            "num_hidden_layers": num_layers,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "rms_norm_eps": 1e-6,

@@ -163,10 +163,26 @@ SINGLE_PROBLEMS: dict[str, tuple[dict[str, object], str]] = {
         {"policy__tensor_parallel": 1},
         "policy.sequence_parallel: splits over TP ranks, but tensor_parallel is 1; turn it off",
     ),
-    "stages": (
-        {"policy__pipeline_parallel": 2},
-        "policy.pipeline_parallel: 2 stages are not supported yet; use 1",
+    "more stages than layers": (
+        {"policy__pipeline_parallel": 4, "trainer__num_gpus": 8},
+        "policy.pipeline_parallel: 4 stages, but the model has 2 layers; use fewer",
     ),
+    "layers of too few stages": (
+        {"policy__pipeline_parallel": 2, "policy__layers_per_stage": (2,)},
+        "policy.layers_per_stage: 2 are 1 stages with 2 layers; pipeline_parallel is 2, the model has 2 layers, and "
+        "each stage needs one; use 1 1",
+    ),
+    "layers of another model": (
+        {"policy__layers_per_stage": (3,)},
+        "policy.layers_per_stage: 3 are 1 stages with 3 layers; pipeline_parallel is 1, the model has 2 layers, and "
+        "each stage needs one; use 2",
+    ),
+    "a stage without layers": (
+        {"policy__pipeline_parallel": 2, "policy__layers_per_stage": (0, 2)},
+        "policy.layers_per_stage: 0 2 are 2 stages with 2 layers; pipeline_parallel is 2, the model has 2 layers, and "
+        "each stage needs one; use 1 1",
+    ),
+    "no stage": ({"policy__pipeline_parallel": 0}, "policy.pipeline_parallel: 0 is outside [1, inf]; use 1"),
     "bf16 on cpu": (
         {"policy__device": "cpu"},
         "policy.precision: the cpu platform computes in fp32; use --policy.precision fp32",
@@ -345,6 +361,33 @@ def test_memory_against_a_count_by_hand(good: Config) -> None:
     }
     without = plan.resolve(changed(good, algorithm__beta=0.0)).memory
     assert (without.reference_device_gib, without.reference_host_gib) == (0.0, 0.0)
+
+
+def test_layers_and_memory_of_stages(tmp_path: Path, good: Config) -> None:
+    """By hand: the first stage has the tower and the embedding, the last the norm and the head, tied or not."""
+    for tied in (False, True):
+        folder = tmp_path / str(tied)
+        folder.mkdir()
+        text = {**NEW_STYLE["text_config"], "num_hidden_layers": 5}
+        path = write(folder, {**NEW_STYLE, "text_config": text, "tie_word_embeddings": tied})
+        cut = {"policy__pipeline_parallel": 2, "model__path": path, "policy__layers_per_stage": (1, 4)}
+        assert problems(changed(good, **cut | {"policy__layers_per_stage": ()})) == [
+            "policy.pipeline_parallel: 2 does not divide the model's 5 layers; use 1, or cut them yourself: "
+            "--policy.layers_per_stage 3 2"
+        ]
+        found = plan.resolve(changed(good, **cut))
+        shape = found.shape
+        vocabulary, tower = 131 * 96, shape.vision.num_parameters
+        first = (vocabulary + shape.layer_parameters) / 2 + tower
+        last = (vocabulary + 96 + 4 * shape.layer_parameters) / 2
+        assert found.layers_per_stage == (1, 4)
+        assert found.data_parallel == 1
+        assert found.memory.weights_gib == pytest.approx(2 * max(first, last) / 2**30)
+        assert found.memory.gradients_gib == pytest.approx(4 * max(first, last) / 2**30)
+        frozen = plan.resolve(changed(good, **cut, model__train_vision=False)).memory
+        assert frozen.gradients_gib == pytest.approx(4 * max(first - tower, last) / 2**30)
+    even = plan.resolve(changed(good, policy__pipeline_parallel=2))
+    assert even.layers_per_stage == (1, 1)
 
 
 @pytest.mark.parametrize(
