@@ -16,7 +16,7 @@ from tests.distributed.launch import run_distributed
 from tests.distributed.layouts import LAYOUTS, VOCAB, WORLD, checkpoint
 
 PLACES = ("device", "host")
-CHECKED = ("TP1", "TP2+SP", "DP2 distributed optimizer")
+CHECKED = ("TP1", "TP2+SP", "DP2 distributed optimizer", "PP2")
 VARIANTS: dict[str, dict[str, Any]] = {"untied": {}, "tied": {"tied": True}}
 
 

@@ -23,8 +23,8 @@ from tests.distributed.launch import run_distributed
 from tests.distributed.layouts import LAYOUTS, VOCAB, WORLD, checkpoint
 
 VARIANTS: dict[str, dict[str, Any]] = {"untied": {}, "tied": {"tied": True}}
-CHECKED = ("TP1", "TP2", "TP2+SP", "DP2")
-AGREEING = ("TP1", "TP2+SP")
+CHECKED = ("TP1", "TP2", "TP2+SP", "DP2", "PP2", "TP2xPP2+SP")
+AGREEING = ("TP1", "TP2+SP", "PP2", "TP2xPP2+SP")
 NUM_TOKENS = 6
 TEMPERATURE = 0.7
 PROMPT_ROWS = (1, 2, 3, 5)
@@ -36,7 +36,7 @@ class Answer:
     """What one rank saw in one layout."""
 
     loaded: dict[str, Tensor]
-    visual_buffers: dict[str, Tensor]
+    visual_buffers: dict[str, Tensor] | None
     trained: dict[str, Tensor]
     greedy: list[tuple[int, ...]]
     logits: list[Tensor]
@@ -108,7 +108,10 @@ def run_case(case: Case, world_size: int) -> Answer:
     plan = tiny_model.make_plan(config)
     policy = Policy(config, plan, pixels=tiny_model.pixels, banned_ids=tiny_model.BANNED)
     loaded = {name: tensor.clone() for name, tensor in policy.weights()}
-    visual_buffers = {name: buffer.clone() for name, buffer in policy.trained.model.visual.named_buffers()}
+    model = policy.trained.model
+    visual_buffers = None
+    if model.pre_process:
+        visual_buffers = {name: buffer.clone() for name, buffer in model.visual.named_buffers()}
     padding_is_zero(policy)
     # Trained far enough that neither the export nor the engine can pass with the source's weights.
     policy.update(planned(config, plan, tiny_model.make_groups(4, 2, vocab_size=VOCAB)))
@@ -134,15 +137,17 @@ def planned(config: Any, plan: Any, groups: list[Group]) -> Batch:
 
 
 def padding_is_zero(policy: Any) -> None:
-    """Megatron's vocabulary padding starts as zeros, on the last TP rank only."""
-    group = policy.groups.tensor
-    weight = policy.trained.model.head_weight()
+    """Megatron's vocabulary padding starts as zeros, on the last TP rank only, in the embedding and in the head."""
+    group, model = policy.groups.tensor, policy.trained.model
+    weights = [model.language_model.embedding.word_embeddings.weight] if model.pre_process else []
+    weights += [model.head_weight()] if model.post_process else []
     share = -(-VOCAB // group.size())
-    assert weight.shape[0] == share
     inside = min(VOCAB - group.rank() * share, share)
     assert inside == (share if group.rank() < group.size() - 1 else VOCAB - (group.size() - 1) * share)
-    assert not weight[inside:].any()
-    assert weight[:inside].any(dim=1).all()
+    for weight in weights:
+        assert weight.shape[0] == share
+        assert not weight[inside:].any()
+        assert weight[:inside].any(dim=1).all()
 
 
 def plain_sample(prompt: Prompt, index: int, token_ids: tuple[int, ...]) -> Sample:
@@ -198,7 +203,8 @@ def load_errors(cases: dict[Any, Case], world_size: int, broken: dict[str, str])
     from megatron_cppo.policy import weights
     from megatron_cppo.policy.policy import Policy
 
-    config = tiny_model.make_config(cases[next(iter(cases))].model, world_size, policy__tensor_parallel=world_size)
+    layout = LAYOUTS[{1: "TP1", 2: "TP2", 4: "TP2xPP2"}[world_size]]
+    config = tiny_model.make_config(cases[next(iter(cases))].model, world_size, **layout)
     policy = Policy(config, tiny_model.make_plan(config), pixels=tiny_model.pixels, banned_ids=tiny_model.BANNED)
     said = {}
     for name, folder in broken.items():
@@ -250,7 +256,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     answers: dict[tuple[str, str], list[Answer]] = {}
     platform: list[Platform] = []
     errors: dict[int, list[dict[str, str]]] = {}
-    for world in (1, 2):
+    for world in (1, 2, 4):
         cases = {
             (layout, variant): Case(sources[variant], layout, exports.get((layout, variant)))
             for layout in CHECKED
@@ -282,9 +288,12 @@ def test_load_then_stream_is_the_identity(layout: str, variant: str, runs: Runs)
 def test_the_towers_buffers_are_hugging_faces(layout: str, variant: str, runs: Runs) -> None:
     wanted = dict(dense_reference.load(runs.sources[variant]).model.visual.named_buffers())
     assert any(name.endswith("inv_freq") for name in wanted)
-    for answer in runs.answers[layout, variant]:
-        assert answer.visual_buffers.keys() == wanted.keys()
-        assert all(torch.equal(answer.visual_buffers[name], wanted[name]) for name in wanted)
+    ranks = runs.answers[layout, variant]
+    towers = [answer.visual_buffers for answer in ranks if answer.visual_buffers is not None]
+    assert len(towers) == len(ranks) // (2 if "PP2" in layout else 1)
+    for buffers in towers:
+        assert buffers.keys() == wanted.keys()
+        assert all(torch.equal(buffers[name], wanted[name]) for name in wanted)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -337,7 +346,7 @@ def test_engine_and_policy_agree_on_what_was_sampled(layout: str, variant: str, 
 
 def test_the_platform_leaves_devices_and_hugging_faces_loads_as_they_were(runs: Runs) -> None:
     outside, *inside = runs.platform
-    assert len(inside) == 2
+    assert len(inside) == 2 + 4
     assert any(name.endswith("inv_freq") for name in outside.tensors)
     for seen in inside:
         assert seen.devices == outside.devices == ["meta"] * 8 + ["cpu"] * 2
@@ -355,10 +364,12 @@ EXPECTED: dict[str, list[str]] = {
 }
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("what", EXPECTED)
-def test_what_does_not_fit_is_named(what: str, world: int, runs: Runs) -> None:
-    sizes = {"half": 32 // world, "rows": -(-VOCAB // world)}
+def test_what_does_not_fit_is_named_on_all_ranks(what: str, world: int, runs: Runs) -> None:
+    tensor_parallel = min(world, 2)
+    sizes = {"half": 32 // tensor_parallel, "rows": -(-VOCAB // tensor_parallel)}
+    assert len(runs.errors[world]) == world
     for said in runs.errors[world]:
         assert said[what].startswith("model.path: ")
         for text in EXPECTED[what]:
@@ -366,7 +377,7 @@ def test_what_does_not_fit_is_named(what: str, world: int, runs: Runs) -> None:
 
 
 def test_a_dimension_that_tp_does_not_divide_is_named(runs: Runs) -> None:
-    alone, *shared = [said["indivisible"] for world in (1, 2) for said in runs.errors[world]]
+    alone, *shared = [said["indivisible"] for world in (1, 2, 4) for said in runs.errors[world]]
     assert "(32, 63)" in alone
     for said in shared:
         assert "model.layers.0.mlp.down_proj.weight has size 63, not divisible by TP 2" in said

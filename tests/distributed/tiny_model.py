@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -76,6 +78,8 @@ def make_checkpoint(
             elif name.endswith("bias"):
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
+    # The plan looks at a data file's first bytes; these tests make their prompts themselves.
+    pq.write_table(pa.table({"unread": [0]}), folder / "rows.parquet")
     return str(folder)
 
 
@@ -151,7 +155,7 @@ def make_config(folder: str, num_ranks: int, **fields: object) -> Config:
     """A config of the tiny model on CPU; `fields` are "section.field" names with _ for the dot's place."""
     config = Config(
         model=ModelConfig(path=folder),
-        data=DataConfig(train=(f"{folder}/config.json",), max_prompt_tokens=64),
+        data=DataConfig(train=(f"{folder}/rows.parquet",), max_prompt_tokens=64),
         algorithm=AlgorithmConfig(beta=0.0),
         perception=PerceptionConfig(coefficient=0.5),
         rollout=RolloutConfig(max_response_tokens=8, samples_per_prompt=3),
