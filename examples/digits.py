@@ -151,7 +151,7 @@ def read_tokens(tokens: Sequence[str]) -> list[bool]:
     return flags
 
 
-def make_model(folder: Path | str, *, seed: int) -> None:
+def make_model(folder: Path | str, *, seed: int, tied: bool = True) -> None:
     """Write a randomly initialised Qwen2.5-VL of about one million parameters as a Hugging Face checkpoint folder.
 
     Weights carry the names of official checkpoints (`model.layers...`, `visual.blocks...`); the tokenizer is trained
@@ -167,7 +167,7 @@ def make_model(folder: Path | str, *, seed: int) -> None:
     end_of_turn, end_of_text = (tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(_model_config(tokenizer)).float()
+        model = Qwen2_5_VLForConditionalGeneration(_model_config(tokenizer, tied=tied)).float()
     model.generation_config = GenerationConfig(
         bos_token_id=end_of_text, pad_token_id=end_of_text, eos_token_id=[end_of_turn, end_of_text], do_sample=True
     )
@@ -268,7 +268,7 @@ def _train_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def _model_config(tokenizer: Tokenizer) -> Qwen2_5_VLConfig:
+def _model_config(tokenizer: Tokenizer, *, tied: bool) -> Qwen2_5_VLConfig:
     ids = tokenizer.get_vocab()
     return Qwen2_5_VLConfig(
         text_config={
@@ -285,7 +285,7 @@ def _model_config(tokenizer: Tokenizer) -> Qwen2_5_VLConfig:
             "eos_token_id": ids["<|im_end|>"],
             "pad_token_id": ids["<|endoftext|>"],
             "initializer_range": INITIALIZER_RANGE,
-            "tie_word_embeddings": True,
+            "tie_word_embeddings": tied,
         },
         vision_config={
             "depth": 3,
@@ -305,7 +305,7 @@ def _model_config(tokenizer: Tokenizer) -> Qwen2_5_VLConfig:
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
     )
 
 

@@ -37,6 +37,7 @@ RUN_DIR = Path("runs/digits")
 WARM_STEPS = 150
 STEPS = 70
 LAYOUTS = {
+    "TP1": {},
     "TP2": {"tensor_parallel": 2},
     "DP2": {},
     "PP2": {"pipeline_parallel": 2, "layers_per_stage": (1, 2)},
@@ -48,6 +49,7 @@ LAYOUTS = {
     },
 }
 """What the demo can be run in; all give the same numbers, up to the rounding of fp32."""
+NUM_RANKS = {"TP1": 1, "TP2": 2, "DP2": 2, "PP2": 2, "TP2xPP2+SP": 4}
 
 
 def config(folder: Path = RUN_DIR, *, seed: int = 0, num_steps: int = STEPS, layout: str = "TP2") -> Config:
@@ -66,7 +68,7 @@ def config(folder: Path = RUN_DIR, *, seed: int = 0, num_steps: int = STEPS, lay
         optimizer=OptimizerConfig(learning_rate=3e-4, warmup_updates=min(5, num_steps - 1), weight_decay=0.0),
         trainer=TrainerConfig(
             run_dir=str(folder / "cppo"),
-            num_gpus=4 if "x" in layout else 2,
+            num_gpus=NUM_RANKS[layout],
             num_steps=num_steps,
             prompts_per_step=32,
             seed=seed,
