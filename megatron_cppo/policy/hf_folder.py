@@ -6,18 +6,23 @@ the style of `state_dict()` (`model.language_model.layers...`, `model.visual...`
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_cppo import pretrained
 from megatron_cppo.config import ConfigError
+from megatron_cppo.policy import durable
 
 SHARD_BYTES = 4 * 2**30
 _STYLES = (("model.language_model.", "model."), ("model.visual.", "visual."))
@@ -52,6 +57,9 @@ class Reader:
             for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
                 self._files[disk_name(name)], self._names[disk_name(name)] = file, name
         self._check_index(folder)
+        wrong = pretrained.untrainable({name: self._slice(name).get_dtype() for name in sorted(self._files)})
+        if wrong:
+            raise ConfigError(f"model.path: {folder!r}: {wrong}")
 
     def __enter__(self) -> Reader:
         return self
@@ -73,6 +81,9 @@ class Reader:
                     "a shard is missing, copy the checkpoint again"
                 )
 
+    def _slice(self, name: str) -> Any:
+        return self._files[name].get_slice(self._names[name])
+
     @property
     def names(self) -> set[str]:
         """Official names of all tensors."""
@@ -85,11 +96,11 @@ class Reader:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
-        return tuple(self._files[name].get_slice(self._names[name]).get_shape())
+        return tuple(self._slice(name).get_shape())
 
     def read(self, name: str, *, axis: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
         """A tensor, or its [start, stop) along `axis`, reading no more than that."""
-        window = self._files[name].get_slice(self._names[name])
+        window = self._slice(name)
         return window[(slice(None),) * axis + (slice(start, stop),)] if axis is not None else window[:]
 
 
@@ -103,40 +114,56 @@ def _style(source: Path) -> dict[str, str]:
 def write(tensors: Iterable[tuple[str, Tensor]], *, source: str, target: str) -> None:
     """Write `tensors` (official names, whole) as a folder like `source`: its side files are copied verbatim.
 
-    The folder appears under its name only when complete; a previous one of that name is replaced.
+    The folder appears under its name only when complete; a previous one of that name is replaced. Raises OSError when
+    the file system refuses: nothing is left of the new folder then, and `tensors` is exhausted, as other ranks may
+    take part in making them.
     """
-    final, origin = Path(target), Path(source)
+    final, stream = Path(target), iter(tensors)
     partial = final.with_name(final.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        durable.remove(partial)
+        partial.mkdir(parents=True)
+        durable.restore_replaced(final.parent)
+        _write(stream, origin=Path(source), partial=partial)
+        durable.sync_files(partial)
+        durable.publish(partial, final)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        for _ in stream:
+            pass
+        raise
+
+
+def _write(tensors: Iterator[tuple[str, Tensor]], *, origin: Path, partial: Path) -> None:
     prefixes = _style(origin)
-    shards: list[dict[str, Tensor]] = [{}]
+    shard: dict[str, Tensor] = {}
     written: list[tuple[Path, list[str]]] = []
     size = total = 0
     for name, tensor in tensors:
         if size and size + tensor.nbytes > SHARD_BYTES:
-            written.append(_flush(partial, len(written), shards[-1]))
-            shards, size = [{}], 0
+            written.append(_flush(partial, len(written), shard))
+            shard, size = {}, 0
         for official, own in prefixes.items():
             if name.startswith(official):
                 name = own + name.removeprefix(official)
                 break
-        shards[-1][name] = tensor.detach().to("cpu", copy=True).contiguous()
+        shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
         size += tensor.nbytes
         total += tensor.nbytes
-    written.append(_flush(partial, len(written), shards[-1]))
+    written.append(_flush(partial, len(written), shard))
     _name_shards(partial, written, total)
     for path in origin.iterdir():
         if path.is_file() and not any(path.match(pattern) for pattern in _WEIGHT_FILES):
             shutil.copy2(path, partial / path.name)
-    if final.exists():
-        shutil.rmtree(final)
-    partial.rename(final)
 
 
 def _flush(folder: Path, number: int, tensors: dict[str, Tensor]) -> tuple[Path, list[str]]:
     path = folder / f"shard-{number}.safetensors"
-    save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # of the disk, too
+        found = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(found[1]) if found else errno.EIO, str(error), str(path)) from error
     return path, list(tensors)
 
 

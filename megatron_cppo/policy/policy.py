@@ -8,13 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_cppo.algo.objective import OBJECTIVES
 from megatron_cppo.config import Config
 from megatron_cppo.plan import Plan
-from megatron_cppo.policy import checkpoint, groups, hf_folder, platform, step, weights
+from megatron_cppo.policy import checkpoint, export, groups, platform, step, weights
 from megatron_cppo.policy.build import build
 from megatron_cppo.policy.model import HeadSettings
 from megatron_cppo.policy.reference import Reference
@@ -109,13 +108,11 @@ class Policy:
         return weights.stream(self.trained.model, _main_gradient)
 
     def export(self, folder: Path) -> None:
-        """Write the weights as a Hugging Face folder; side files are the source checkpoint's, verbatim."""
-        if dist.get_rank() == 0:
-            hf_folder.write(self.weights(), source=self._source, target=str(folder))
-        else:
-            for _ in self.weights():
-                pass
-        dist.barrier()
+        """Write the weights as a Hugging Face folder; side files are the source checkpoint's, verbatim.
+
+        Raises ExportError, on all ranks, when the disk refuses; a folder that was there before is left as it was.
+        """
+        export.export(self.weights(), source=self._source, folder=folder)
 
     def save(self, folder: Path, *, at_step: int, progress: dict[str, Any], keep: int) -> Path:
         """Write a training checkpoint (`policy.checkpoint`)."""

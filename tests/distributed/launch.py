@@ -33,7 +33,8 @@ import torch.distributed as dist
 
 # gloo looks up the host name unless it is told which interface is the local one.
 RANK_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
-EXIT_SECONDS = 10.0
+EXIT_SECONDS = 60.0
+"""Ranks of a busy machine take their time to leave, after they have said what they found."""
 ECHO_SECONDS = 0.5
 
 

@@ -4,7 +4,10 @@ the bit: weights, optimizer state, schedule, random numbers and metrics.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from tests.distributed import tiny_model
 from tests.distributed.launch import run_distributed
 from tests.distributed.layouts import LAYOUTS, VOCAB, WORLD, checkpoint
 
-CHECKED = ("TP2", "TP2+SP", "DP2", "DP2 distributed optimizer")
+CHECKED = ("TP2", "TP2+SP", "DP2", "DP2 distributed optimizer", "PP2", "TP2xPP2")
 NUM_STEPS = 4
 TRAINING: dict[str, Any] = {
     "optimizer__learning_rate": 2e-3,
@@ -56,12 +59,12 @@ class State:
     schedule: dict[str, Any]
     random: list[Tensor]
     drawn: list[float]
+    common: dict[str, Any]
+    warned: list[str]
 
 
 def run_parts(rank: int, world_size: int, parts: dict[str, Part]) -> dict[str, State]:
     """All parts, one after the other, in one process group."""
-    # The checkpoint writer forks; the launcher's ranks are daemons, which may not.
-    multiprocessing.current_process().daemon = False
     states = {name: run_part(part, world_size) for name, part in parts.items()}
     assert multiprocessing.active_children() == [], "the checkpoint writer left a process, which a kill would orphan"
     return states
@@ -77,7 +80,10 @@ def run_part(part: Part, world_size: int) -> State:
     plan = tiny_model.make_plan(config)
     torch.manual_seed(11)
     policy = Policy(config, plan, pixels=tiny_model.pixels, banned_ids=tiny_model.BANNED)
+    warned = Warned()
+    logging.getLogger("megatron_cppo.policy").addHandler(warned)
     progress = policy.restore(part.folder)
+    logging.getLogger("megatron_cppo.policy").removeHandler(warned)
     step = progress["step"] if progress else 0
     metrics, drawn = [], []
     if step == 0 and 0 in part.save_at:
@@ -99,13 +105,29 @@ def run_part(part: Part, world_size: int) -> State:
         step += 1
         if step in part.save_at:
             policy.save(part.folder, at_step=step, progress={"rows": 4 * step}, keep=part.keep)
-    state = snapshot(policy, progress, metrics, drawn)
+    state = snapshot(policy, progress, metrics, drawn, warned.texts)
     process_groups.destroy()
     return state
 
 
-def snapshot(policy: Any, progress: dict[str, Any] | None, metrics: list[Any], drawn: list[float]) -> State:
+class Warned(logging.Handler):
+    """What was warned of."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+def snapshot(
+    policy: Any, progress: dict[str, Any] | None, metrics: list[Any], drawn: list[float], warned: list[str]
+) -> State:
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    from megatron_cppo.policy import checkpoint as saver
+    from megatron_cppo.policy import checkpoint_writer
 
     optimizers = [inner.optimizer for inner in policy.trained.optimizer.chained_optimizers]
     param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -124,6 +146,8 @@ def snapshot(policy: Any, progress: dict[str, Any] | None, metrics: list[Any], d
         schedule=policy.trained.schedule.state_dict(),
         random=[torch.get_rng_state(), *get_cuda_rng_tracker().get_states().values()],
         drawn=drawn,
+        common=checkpoint_writer.prepare(saver._sharded_state(policy.trained, loading=False)).common,
+        warned=warned,
     )
 
 
@@ -146,7 +170,6 @@ def names(folder: Path) -> list[str]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     root = tmp_path_factory.mktemp("checkpoints")
     model = checkpoint(tmp_path_factory.mktemp("hf"))
-    assert all(WORLD[layout] == 2 for layout in CHECKED)
     folders = {layout: root / layout for layout in CHECKED}
     parts: dict[str, Part] = {}
     for layout, folder in folders.items():
@@ -155,31 +178,53 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     late = {layout: root / "late" / layout for layout in ("TP2", "DP2 distributed optimizer")}
     for layout, folder in late.items():
         parts["early " + layout] = Part(model, layout, folder, 2, save_at=(0,))
-    first = run_distributed(run_parts, 2, parts, timeout_seconds=300)
+    first = run_all(parts)
     listings = {layout: [names(folder)] for layout, folder in folders.items()}
     for folder in folders.values():
-        # What a killed run may leave: an unpublished folder, and one that claims more than it holds.
-        (folder / ".partial_000003").mkdir()
-        (folder / ".partial_000003" / "__0_0.distcp").write_bytes(b"half")
-        (folder / "step_000009").mkdir()
+        spoil(folder)
     second_parts = {
         "second " + layout: Part(model, layout, folder, NUM_STEPS, save_at=(3, 4), keep=2)
         for layout, folder in folders.items()
     }
     second_parts |= {"late " + layout: Part(model, layout, folder, NUM_STEPS) for layout, folder in late.items()}
-    second = run_distributed(run_parts, 2, second_parts, timeout_seconds=300)
+    second = run_all(second_parts)
     for layout, folder in folders.items():
         listings[layout].append(names(folder))
     return Runs(
-        whole={layout: [rank["whole " + layout] for rank in first] for layout in CHECKED},
-        halves={
-            layout: ([rank["first " + layout] for rank in first], [rank["second " + layout] for rank in second])
-            for layout in CHECKED
-        },
-        early={layout: [rank["early " + layout] for rank in first] for layout in late},
-        late={layout: [rank["late " + layout] for rank in second] for layout in late},
+        whole={layout: first["whole " + layout] for layout in CHECKED},
+        halves={layout: (first["first " + layout], second["second " + layout]) for layout in CHECKED},
+        early={layout: first["early " + layout] for layout in late},
+        late={layout: second["late " + layout] for layout in late},
         listings=listings,
     )
+
+
+def run_all(parts: dict[str, Part]) -> dict[str, list[State]]:
+    """All parts, those of one number of ranks in the same processes; the ranks' states of each."""
+    found: dict[str, list[State]] = {}
+    for world_size in sorted({WORLD[part.layout] for part in parts.values()}):
+        mine = {name: part for name, part in parts.items() if WORLD[part.layout] == world_size}
+        ranks = run_distributed(run_parts, world_size, mine, timeout_seconds=400)
+        found |= {name: [rank[name] for rank in ranks] for name in mine}
+    return found
+
+
+def spoil(folder: Path) -> None:
+    """Add what a killed run may leave, an unpublished folder, and newer checkpoints than the whole one, all damaged."""
+    (folder / ".partial_step_000003").mkdir()
+    (folder / ".partial_step_000003" / "__0_0.distcp").write_bytes(b"half")
+    (folder / "step_000009").mkdir()
+    for step, name in ((7, "__1_0.distcp"), (8, ".metadata")):
+        damaged = folder / f"step_{step:06d}"
+        shutil.copytree(folder / "step_000002", damaged)
+        with (damaged / name).open("r+b") as file:
+            if step == 7:
+                file.seek(1000)
+                byte = file.read(1)
+                file.seek(1000)
+                file.write(bytes([byte[0] ^ 1]))
+            else:
+                os.truncate(file.fileno(), 1000)
 
 
 def assert_same(found: State, wanted: State) -> None:
@@ -220,18 +265,24 @@ def test_saving_before_any_update_neither_fails_nor_disturbs(layout: str, runs: 
 
 
 @pytest.mark.parametrize("layout", CHECKED)
-def test_only_whole_checkpoints_count_and_old_ones_go(layout: str, runs: Runs) -> None:
+def test_damaged_ones_are_named_and_set_aside_and_old_ones_go(layout: str, runs: Runs) -> None:
     after_first, after_second = runs.listings[layout]
     assert after_first == ["step_000002"]
-    assert after_second == ["step_000003", "step_000004", "step_000009"]
+    damaged = ["damaged_step_000007", "damaged_step_000008", "damaged_step_000009"]
+    assert after_second == [*damaged, "step_000003", "step_000004"]
+    for state in runs.halves[layout][1]:
+        none, short, flipped = state.warned
+        assert "step_000009 is damaged: manifest.json is missing; it is not used, and kept as damaged_step_0" in none
+        assert "step_000008 is damaged: .metadata has 1000 bytes, expected " in short
+        assert "step_000007 is damaged: __1_0.distcp has SHA-256 " in flipped
+        assert runs.whole[layout][0].warned == []
 
 
-def test_a_folder_without_progress_is_no_checkpoint(tmp_path: Path) -> None:
-    from megatron_cppo.policy.checkpoint import published
-
-    assert published(tmp_path / "absent") == []
-    for name in ("step_000002", "step_000010", "step_1000000", ".partial_000011", "step_000012", "step_x"):
-        (tmp_path / name).mkdir()
-        if name != "step_000012":
-            (tmp_path / name / "progress.json").write_text("{}")
-    assert [path.name for path in published(tmp_path)] == ["step_000002", "step_000010", "step_1000000"]
+@pytest.mark.parametrize("layout", CHECKED)
+def test_what_one_rank_writes_for_all_is_the_same_on_all(layout: str, runs: Runs) -> None:
+    """Rank 0 alone writes what is not sharded: of another stage's there would be nothing."""
+    first, *others = (state.common for state in runs.whole[layout])
+    assert {"schedule", "optimizer"} <= first.keys()
+    assert first["schedule"]["num_steps"] == NUM_STEPS
+    for other in others:
+        assert other == first
