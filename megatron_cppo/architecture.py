@@ -8,6 +8,7 @@ transformers: 4.x may leave the top-level `tie_word_embeddings` out.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,50 +75,152 @@ class ModelShape:
 def read(folder: str) -> ModelShape:
     """The shape of the checkpoint in `folder`.
 
-    Raises ConfigError when the folder is no checkpoint, or of a family that this package does not know.
+    Raises one ConfigError with all that is wrong: no checkpoint, a family or a variant that this package does not
+    know, or fields that are missing or make no sense.
     """
     path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"model.path: {folder!r} holds no config.json; give a Hugging Face checkpoint folder")
     try:
         top: Any = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ConfigError(
+            f"model.path: {folder!r} holds no config.json; give a Hugging Face checkpoint folder"
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"model.path: {path} cannot be read ({error.strerror}); check its permissions") from error
     except ValueError as error:
         raise ConfigError(f"model.path: {path} is not JSON ({error}); copy the checkpoint again") from error
     if not isinstance(top, dict):
         raise ConfigError(f"model.path: {path} is not a JSON object; copy the checkpoint again")
     if top.get("model_type") not in FAMILIES:
-        raise ConfigError(f"model.path: model_type {top.get('model_type')!r} is not one of {', '.join(FAMILIES)}")
-    try:
-        return _shape(top)
-    except KeyError as error:
-        raise ConfigError(f"model.path: {path} has no field {error}; copy the checkpoint again") from error
+        raise ConfigError(
+            f"model.path: model_type {top.get('model_type')!r} is not one of {', '.join(FAMILIES)}; "
+            "use a checkpoint of such a family"
+        )
+    problems: list[str] = []
+    shape = _shape(top, problems)
+    if problems:
+        raise ConfigError(f"model.path: {path} {'; '.join(problems)}; copy the checkpoint again")
+    problems = _unknown_variants(top) + _contradictions(shape)
+    if problems:
+        raise ConfigError(f"model.path: {path}: {'; '.join(problems)}")
+    return shape
 
 
-def _shape(top: dict[str, Any]) -> ModelShape:
-    text, vision = top.get("text_config", top), top["vision_config"]
-    rope = text.get("rope_parameters") or {"rope_theta": text["rope_theta"], **(text.get("rope_scaling") or {})}
+class _Fields:
+    """The fields of one section of a config.json; what is missing or makes no sense is added to `problems`."""
+
+    def __init__(self, values: Any, where: str, problems: list[str]) -> None:
+        self._where, self._problems = where, problems
+        self.values: dict[str, Any] = values if isinstance(values, dict) else {}
+        if not isinstance(values, dict):
+            problems.append(f"has {where.rstrip('.')} {values!r}, which must be an object")
+        self._is_whole = isinstance(values, dict)
+
+    def count(self, name: str, least: int = 1) -> int:
+        """A whole number of at least `least`."""
+        value = self._value(name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            self._problems.append(f"has {self._where}{name} {value!r}, which must be a whole number from {least}")
+            value = None
+        return least if value is None else value
+
+    def size(self, name: str) -> float:
+        """A finite number above zero."""
+        value = self._value(name)
+        if value is not None and (
+            not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf
+        ):
+            self._problems.append(f"has {self._where}{name} {value!r}, which must be a number above 0")
+            value = None
+        return 1.0 if value is None else float(value)
+
+    def counts(self, name: str) -> tuple[int, ...]:
+        """A list of whole numbers from one."""
+        value = self._value(name)
+        if value is not None and not (isinstance(value, list) and all(isinstance(n, int) and n > 0 for n in value)):
+            self._problems.append(f"has {self._where}{name} {value!r}, which must be a list of whole numbers from 1")
+            value = None
+        return tuple(value or ())
+
+    def _value(self, name: str) -> Any:
+        if self._is_whole and self.values.get(name) is None:
+            self._problems.append(f"has no field '{name}'")
+        return self.values.get(name)
+
+
+def _shape(top: dict[str, Any], problems: list[str]) -> ModelShape:
+    """The shape, with ones where `problems` were found."""
+    text = _Fields(top.get("text_config", top), "text_config." if "text_config" in top else "", problems)
+    if "vision_config" not in top:
+        problems.append("has no field 'vision_config'")
+    vision = _Fields(top.get("vision_config", {}), "vision_config.", problems if "vision_config" in top else [])
+    rope = _Fields(_rope(text.values), "rope.", problems)
+    hidden, heads = text.count("hidden_size"), text.count("num_attention_heads")
     return ModelShape(
         family=top["model_type"],
-        num_layers=text["num_hidden_layers"],
-        hidden_size=text["hidden_size"],
-        ffn_size=text["intermediate_size"],
-        num_heads=text["num_attention_heads"],
-        num_kv_heads=text["num_key_value_heads"],
-        head_size=text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
-        vocab_size=text["vocab_size"],
-        norm_epsilon=text["rms_norm_eps"],
-        rope_theta=float(rope["rope_theta"]),
-        mrope_section=tuple(rope["mrope_section"]),
-        tied=bool(top.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
-        image_token_id=top["image_token_id"],
+        num_layers=text.count("num_hidden_layers"),
+        hidden_size=hidden,
+        ffn_size=text.count("intermediate_size"),
+        num_heads=heads,
+        num_kv_heads=text.count("num_key_value_heads"),
+        head_size=text.count("head_dim") if text.values.get("head_dim") else hidden // heads,
+        vocab_size=text.count("vocab_size"),
+        norm_epsilon=text.size("rms_norm_eps"),
+        rope_theta=rope.size("rope_theta"),
+        mrope_section=rope.counts("mrope_section"),
+        tied=bool(top.get("tie_word_embeddings") or text.values.get("tie_word_embeddings")),
+        image_token_id=_Fields(top, "", problems).count("image_token_id", 0),
         vision=VisionShape(
-            depth=vision["depth"],
-            hidden_size=vision["hidden_size"],
-            ffn_size=vision["intermediate_size"],
-            num_heads=vision["num_heads"],
-            out_size=vision["out_hidden_size"],
-            patch_size=vision["patch_size"],
-            temporal_patch_size=vision["temporal_patch_size"],
-            merge_size=vision["spatial_merge_size"],
+            depth=vision.count("depth"),
+            hidden_size=vision.count("hidden_size"),
+            ffn_size=vision.count("intermediate_size"),
+            num_heads=vision.count("num_heads"),
+            out_size=vision.count("out_hidden_size"),
+            patch_size=vision.count("patch_size"),
+            temporal_patch_size=vision.count("temporal_patch_size"),
+            merge_size=vision.count("spatial_merge_size"),
         ),
     )
+
+
+def _rope(text: dict[str, Any]) -> Any:
+    """Transformers 5's `rope_parameters`, or the same from 4's two fields."""
+    scaling = text.get("rope_scaling")
+    older = {"rope_theta": text.get("rope_theta"), **(scaling if isinstance(scaling, dict) else {})}
+    return text.get("rope_parameters") or older
+
+
+def _unknown_variants(top: dict[str, Any]) -> list[str]:
+    """What the config asks for, and the policy would silently compute in another way."""
+    text, problems = top.get("text_config", top), []
+    if top.get("quantization_config"):
+        problems.append(f"the weights are quantised ({top['quantization_config']}); use the checkpoint in bf16 or fp32")
+    rope = _rope(text)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "mrope"):
+        problems.append(f"rotary positions are scaled (rope_type {kind!r}), only 'default' is supported; remove it")
+    for name, section in (("text", text), ("vision", top["vision_config"])):
+        if section.get("hidden_act", "silu") != "silu":
+            problems.append(
+                f"hidden_act of the {name} model is {section['hidden_act']!r}, only 'silu' is supported; "
+                "use another checkpoint"
+            )
+    return problems
+
+
+def _contradictions(shape: ModelShape) -> list[str]:
+    """Fields that cannot all be true of one model."""
+    problems = []
+    if shape.num_heads % shape.num_kv_heads:
+        problems.append(f"{shape.num_kv_heads} key/value heads do not divide {shape.num_heads} attention heads")
+    if 2 * sum(shape.mrope_section) != shape.head_size:
+        problems.append(
+            f"mrope_section {list(shape.mrope_section)} must add up to half the head's size of {shape.head_size}"
+        )
+    if shape.vision.hidden_size % shape.vision.num_heads:
+        problems.append(f"{shape.vision.num_heads} vision heads do not divide its size {shape.vision.hidden_size}")
+    if shape.vision.out_size != shape.hidden_size:
+        problems.append(f"vision features have size {shape.vision.out_size}, the model {shape.hidden_size}")
+    if shape.image_token_id >= shape.vocab_size:
+        problems.append(f"image_token_id {shape.image_token_id} is beyond the vocabulary of {shape.vocab_size}")
+    return [*problems, "take config.json and weights from the same checkpoint"] if problems else []

@@ -67,6 +67,7 @@ def answer_from_export(config: Config, num_prompts: int) -> list[list[int]]:
     import torch
     from transformers import AutoModelForImageTextToText
 
+    from megatron_cppo.data.damage import leave_out_damaged
     from megatron_cppo.data.prompts import PromptSource
     from megatron_cppo.data.tokenizer import vocabulary
 
@@ -84,6 +85,7 @@ def answer_from_export(config: Config, num_prompts: int) -> list[list[int]]:
         seed=config.trainer.seed,
         max_rows=config.trainer.evaluation_rows,
     )
+    leave_out_damaged(source, group=None)  # as the run does
     answers = []
     for prompt in source.take(0, min(num_prompts, len(source))):
         ids = torch.tensor([prompt.token_ids])

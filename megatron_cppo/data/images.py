@@ -19,8 +19,13 @@ MAX_IMAGE_PIXELS = 89_478_485
 MAX_ASPECT_RATIO = 200
 """Qwen2.5-VL's processor refuses longer images."""
 
-# What Pillow's decoders raise on damaged data: a decoder reads whatever the header claims.
-_DECODER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, OverflowError, struct.error)
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+"""What is opened at all. Pillow knows more, among them formats that start another program (EPS)."""
+DAMAGE_ERRORS = (
+    *(OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError, MemoryError),
+    *(NotImplementedError, struct.error, Image.DecompressionBombError),
+)
+"""What Pillow's parsers and decoders raise on damaged data: they read whatever the header claims."""
 
 
 class ImageError(UserError):
@@ -45,7 +50,7 @@ def decode(
     try:
         upright = ImageOps.exif_transpose(opened)
         upright.load()
-    except _DECODER_ERRORS as error:
+    except DAMAGE_ERRORS as error:
         raise ImageError(
             f"image is corrupt or truncated: got {_describe(source)} ({error}); replace the file or drop the row"
         ) from error
@@ -89,12 +94,12 @@ def _open(source: bytes | str | Path | Image.Image) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
     try:
-        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
     except FileNotFoundError as error:
         raise ImageError(f"image file does not exist: got {source}; check the path and the image folder") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"image is too large: got {_describe(source)} ({error}); shrink the image") from error
-    except _DECODER_ERRORS as error:
+    except DAMAGE_ERRORS as error:
         raise ImageError(
             f"not an image in a supported format: got {_describe(source)} ({error}); convert it to PNG or JPEG"
         ) from error

@@ -7,7 +7,6 @@ Letters: P patches of an image, D values of a patch (channels x frames x height 
 from __future__ import annotations
 
 import io
-import struct
 from pathlib import Path
 
 from PIL import ExifTags, Image
@@ -15,13 +14,11 @@ from torch import Tensor
 from transformers import AutoImageProcessor
 
 from megatron_cppo.config import ModelConfig
-from megatron_cppo.data.images import ImageError, decode, smart_resize
+from megatron_cppo.data.images import DAMAGE_ERRORS, FORMATS, ImageError, decode, smart_resize
 from megatron_cppo.data.rows import RowDropped
 from megatron_cppo.data.tokenizer import CheckpointError
 from megatron_cppo.types import ImageGrid
 
-# What Pillow's header parsers raise on damaged input, besides the errors that are told apart below.
-_HEADER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, OverflowError, struct.error)
 _SIDEWAYS = (5, 6, 7, 8)
 """EXIF orientations that swap height and width."""
 
@@ -93,18 +90,22 @@ class PixelReader:
 def upright_size(source: bytes | Path, *, max_image_pixels: int) -> tuple[int, int]:
     """(height, width) of an encoded image once its EXIF orientation is applied, from its header alone.
 
-    Raises RowDropped with a countable reason: file missing, header corrupt, or more than `max_image_pixels`.
+    Raises RowDropped with a countable reason: nothing there, header corrupt, or more than `max_image_pixels`.
     """
+    if not source:
+        raise RowDropped("image: empty")
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             width, height = image.size
             # The base class's method: the one of PNG decodes the whole image to look for EXIF data behind the pixels.
             orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise RowDropped("image: missing file") from error
+    except (IsADirectoryError, PermissionError) as error:
+        raise RowDropped("image: unreadable file") from error
     except Image.DecompressionBombError as error:
         raise RowDropped("image: too large") from error
-    except _HEADER_ERRORS as error:
+    except DAMAGE_ERRORS as error:
         raise RowDropped("image: corrupt") from error
     if width * height > max_image_pixels:
         raise RowDropped("image: too large")

@@ -7,7 +7,7 @@ Letters: T tokens; P patches of an image, D values of a patch.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ from megatron_cppo.data.images import ImageError
 from megatron_cppo.data.pixels import PixelReader
 from megatron_cppo.data.positions import rope_positions
 from megatron_cppo.data.rows import IMAGE_MARKER, DataError, Row, RowDropped, Rows, usable
-from megatron_cppo.data.tokenizer import Vocabulary, vocabulary
+from megatron_cppo.data.tokenizer import TemplateRefusal, Vocabulary, vocabulary
 from megatron_cppo.data.views import Kind, draw, preserving, removing
 from megatron_cppo.types import ImageGrid, ImageKey, Prompt
 
@@ -74,6 +74,9 @@ class PromptSource:
     """
 
     dropped: dict[str, int]
+    """Rows that were left out, by reason."""
+    damaged: dict[int, str]
+    """Usable rows of which an image was found not to decode, and why: what `data.damage` knows, alike on all ranks."""
 
     def __init__(
         self,
@@ -91,7 +94,9 @@ class PromptSource:
         phase: Phase | None = None,
     ) -> None:
         self._split = split
+        self._files = tuple(files)
         self._data = data
+        self.damaged = {}
         self._seed = seed
         self._supervised = supervised
         self._max_response_tokens = max_response_tokens
@@ -107,14 +112,9 @@ class PromptSource:
         self._rows = Rows(files)
         with (phase or _unwatched)(f"read {split}", len(self._rows)) as advance:
             self.dropped, self._entries = self._scan(max_rows, advance)
-        if not self._entries:
-            reasons = ", ".join(f"{reason}: {count}" for reason, count in self.dropped.items())
-            raise DataError(
-                f"{', '.join(map(str, files))}: none of {len(self._rows)} rows can become a prompt "
-                f"({reasons or 'the files are empty'}); mend the rows, or raise the limits of [data]"
-            )
+        self._refuse_none()
         self._grids = {entry.draft.row: entry.draft.grids for entry in self._entries}
-        self._orders: ByteCache[int, npt.NDArray[np.int64]] = ByteCache(0, lambda order: order.nbytes)
+        self._orders = _no_orders()
         self._images: ByteCache[tuple[int, int], Image.Image] = ByteCache(
             CACHED_IMAGE_BYTES, lambda image: 3 * image.width * image.height
         )
@@ -159,6 +159,31 @@ class PromptSource:
     def view_name(self, key: ImageKey) -> str:
         """The name of the perturbation that was drawn for a view; "" for the original."""
         return "" if key.view == "original" else draw(key.view, self._view_seed(key), self._view_names[key.view])
+
+    def damage(self, prompt: Prompt) -> str:
+        """Why the images of `prompt` cannot be decoded, naming file and row; "" when they can (they stay decoded)."""
+        try:
+            for key in prompt.images("original"):
+                self.image(key)
+        except ImageError as error:
+            return str(error)
+        return ""
+
+    def leave_out(self, rows: Container[int], reason: str) -> None:
+        """Drop usable rows, counted by `reason`; the stream is then that of the others. DataError when none is left."""
+        kept = [entry for entry in self._entries if entry.draft.row not in rows]
+        self.dropped[reason] = self.dropped.get(reason, 0) + len(self._entries) - len(kept)
+        self._entries = kept
+        self._orders = _no_orders()
+        self._refuse_none()
+
+    def _refuse_none(self) -> None:
+        if not self._entries:
+            reasons = ", ".join(f"{reason}: {count}" for reason, count in self.dropped.items())
+            raise DataError(
+                f"{', '.join(map(str, self._files))}: none of {len(self._rows)} rows can become a prompt "
+                f"({reasons or 'the files are empty'}); mend the rows, or raise the limits of [data]"
+            )
 
     def _view_seed(self, key: ImageKey) -> tuple[int, int, int, int]:
         return self._seed, key.epoch, key.row, key.index
@@ -222,11 +247,15 @@ class PromptSource:
         texts = (*(message.content for message in row.messages), row.response if self._supervised else "")
         if any(token in text for text in texts for token in self._vocabulary.banned_tokens):
             raise RowDropped("image token in text")
+        try:
+            text = self._vocabulary.render(conversation(row, self._data.instruction))
+        except TemplateRefusal as error:
+            raise RowDropped("chat template refuses the messages") from error
         return _Draft(
             row=row.index,
             data_source=row.data_source,
             ground_truth=row.ground_truth,
-            text=self._vocabulary.render(conversation(row, self._data.instruction)),
+            text=text,
             response=row.response,
             grids=tuple(self._reader.grid(image) for image in row.images),
         )
@@ -237,8 +266,10 @@ class PromptSource:
         targets = self._vocabulary.encode([draft.response for draft in drafts]) if self._supervised else []
         for i, (draft, token_ids) in enumerate(zip(drafts, prompts, strict=True)):
             num_tokens = len(token_ids) + sum(grid.num_tokens - 1 for grid in draft.grids)
-            if token_ids.count(self._vocabulary.image_token_id) != len(draft.grids):
-                dropped["image token in text"] += 1
+            num_placeholders = token_ids.count(self._vocabulary.image_token_id)
+            if num_placeholders != len(draft.grids):
+                few = num_placeholders < len(draft.grids)
+                dropped["image lost by the chat template" if few else "image token in text"] += 1
             elif num_tokens > self._data.max_prompt_tokens:
                 dropped["prompt too long"] += 1
             elif self._supervised and 0 < self._max_response_tokens <= len(targets[i]):
@@ -247,6 +278,11 @@ class PromptSource:
                 target = (*targets[i], self._vocabulary.eos_id) if self._supervised else ()
                 entries.append(_Entry(draft, np.array(token_ids, np.int32), target))
         return entries
+
+
+def _no_orders() -> ByteCache[int, npt.NDArray[np.int64]]:
+    """Of the epochs' orders the last is kept."""
+    return ByteCache(0, lambda order: order.nbytes)
 
 
 def conversation(row: Row, instruction: str) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ Must not know tokens, pixels, epochs or models.
 from __future__ import annotations
 
 import dataclasses
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -72,6 +73,10 @@ def usable(row: Row, *, supervised: bool) -> Row:
     last_user = max((i for i, message in enumerate(row.messages) if message.role == "user"), default=None)
     if last_user is None:
         raise RowDropped("no user message")
+    if not all(message.role for message in row.messages):
+        raise RowDropped("message without a role")
+    if not row.images and not any(message.content.strip() for message in row.messages if message.role == "user"):
+        raise RowDropped("empty prompt")
     num_markers = sum(message.content.count(IMAGE_MARKER) for message in row.messages)
     if num_markers == len(row.images):
         return row
@@ -173,7 +178,7 @@ class _ParquetRows:
             index=index,
             data_source=parsed.data_source or self.path.stem,
             messages=parsed.messages,
-            ground_truth="" if parsed.ground_truth is None else str(parsed.ground_truth).strip(),
+            ground_truth=_answer(parsed.ground_truth),
             images=tuple(_image(image, self.path.parent) for image in record.get("images") or ()),
             response=(record.get("extra_info") or {}).get("response") or "",
         )
@@ -194,7 +199,13 @@ def _image(image: str | bytes | dict[str, Any] | None, folder: Path) -> bytes | 
     """An image's bytes if the row holds them, else the path of its file; no bytes at all where the row has neither."""
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path")
-    return folder / image if isinstance(image, str) else image or b""
+    return folder / image if image and isinstance(image, str) else image or b""
+
+
+def _answer(value: str | float | None) -> str:
+    """A ground truth as text; nothing where there is none, which a column of numbers writes as NaN."""
+    missing = value is None or (isinstance(value, float) and math.isnan(value))
+    return "" if missing else str(value).strip()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,23 +9,24 @@ import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_cppo.config import UserError
+from megatron_cppo.pretrained import IMAGE_TOKENS
 
 VISION_PAD = "<|vision_pad|>"
-_NAMED_IDS = {
-    "image_token_id": "<|image_pad|>",
-    "video_token_id": "<|video_pad|>",
-    "vision_start_token_id": "<|vision_start|>",
-    "vision_end_token_id": "<|vision_end|>",
-}
 
 
 class CheckpointError(UserError):
     """A checkpoint folder that cannot be used; the text says what, what was got, and how to mend it."""
+
+
+class TemplateRefusal(ValueError):
+    """Messages that a chat template raises an error for."""
 
 
 class Vocabulary:
@@ -55,20 +56,31 @@ class Vocabulary:
             )
         self._tokenizer = _load_tokenizer(self._folder)
         self._template = self._chat_template()
-        ids = {name: self._named_id(config, name, token) for name, token in _NAMED_IDS.items()}
+        ids = {name: self._named_id(config, name, token) for name, token in IMAGE_TOKENS.items()}
         self.image_token_id = ids["image_token_id"]
         self.video_token_id = ids["video_token_id"]
         tokens = self._tokenizer.get_vocab()
-        banned = sorted((tokens[token], token) for token in (*_NAMED_IDS.values(), VISION_PAD) if token in tokens)
+        banned = sorted((tokens[token], token) for token in (*IMAGE_TOKENS.values(), VISION_PAD) if token in tokens)
         self.banned_ids = tuple(token_id for token_id, _ in banned)
         self.banned_tokens = tuple(token for _, token in banned)
         self.eos_id, self.eos_ids = self._ends()
 
     def render(self, messages: Sequence[dict[str, Any]]) -> str:
-        """The chat template's text of messages with list content, one image placeholder per image part."""
-        text = self._tokenizer.apply_chat_template(
-            list(messages), chat_template=self._template, tokenize=False, add_generation_prompt=True
-        )
+        """The chat template's text of messages with list content, one image placeholder per image part.
+
+        Raises TemplateRefusal when the template does not take these messages.
+        """
+        try:
+            text = self._tokenizer.apply_chat_template(
+                list(messages), chat_template=self._template, tokenize=False, add_generation_prompt=True
+            )
+        except TemplateSyntaxError as error:
+            raise CheckpointError(
+                f"model.path: the chat template of '{self._folder}' cannot be parsed, line {error.lineno}: {error}; "
+                "copy the checkpoint's chat template again"
+            ) from error
+        except TemplateError as error:
+            raise TemplateRefusal(str(error)) from error
         assert isinstance(text, str), f"a chat template renders to text, got {type(text)}"
         return text
 
@@ -135,9 +147,21 @@ def banned_ids(model_path: str) -> tuple[int, ...]:
     return vocabulary(model_path).banned_ids
 
 
+class _PlainExceptionOfTokenizers:
+    """`tokenizers` raises Exception itself, no subclass, for a file that it cannot use; make it a ValueError."""
+
+    def __enter__(self) -> None:
+        """Nothing is needed."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is Exception:
+            raise ValueError(str(error)) from error
+
+
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        with _PlainExceptionOfTokenizers():
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"model.path: no tokenizer can be loaded from '{folder}' ({error}); copy the checkpoint's tokenizer files"

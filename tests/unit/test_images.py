@@ -121,6 +121,7 @@ def test_small_images_are_enlarged_to_the_smaller_side():
     [
         (b"", "supported format: got 0 bytes"),
         (b"<svg></svg>", "convert it to PNG or JPEG"),
+        (encode(picture(), "EPS"), "convert it to PNG or JPEG"),  # Pillow would start Ghostscript
         ("/no/such/image.png", "does not exist: got /no/such/image.png"),
         (Image.new("RGB", (0, 5)), "no pixels: got 0 x 5"),
         (Image.new("RGB", (2, 402)), "aspect ratio may be at most 200"),

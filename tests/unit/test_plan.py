@@ -106,7 +106,7 @@ def write(folder: Path, config: dict[str, Any] | str) -> str:
 def good(tmp_path: Path) -> Config:
     """A config without problems, of a model of a few thousand parameters on two replicas of TP 2."""
     rows = tmp_path / "rows.parquet"
-    rows.touch()
+    rows.write_bytes(b"PAR1 as every parquet file begins and ends PAR1")
     return Config(
         model=ModelConfig(path=write(tmp_path, NEW_STYLE)),
         data=DataConfig(train=(str(rows),), max_prompt_tokens=100),
@@ -219,8 +219,14 @@ SINGLE_PROBLEMS: dict[str, tuple[dict[str, object], str]] = {
         "perception.preserving and perception.removing need at least one perturbation each",
     ),
     "no rows": ({"data__train": ()}, "data.train: no parquet file given; use --data.train FILE [FILE ...]"),
-    "missing rows": ({"data__train": ("/no/rows.parquet",)}, "data.train: /no/rows.parquet does not exist"),
-    "missing evaluation": ({"data__evaluation": ("/no/e.parquet",)}, "data.evaluation: /no/e.parquet does not exist"),
+    "missing rows": (
+        {"data__train": ("/no/rows.parquet",)},
+        "data.train: /no/rows.parquet does not exist; check the path",
+    ),
+    "missing evaluation": (
+        {"data__evaluation": ("/no/e.parquet",)},
+        "data.evaluation: /no/e.parquet does not exist; check the path",
+    ),
     "no checkpoint": (
         {"model__path": "/no/model"},
         "model.path: '/no/model' holds no config.json; give a Hugging Face checkpoint folder",

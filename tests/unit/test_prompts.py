@@ -185,7 +185,7 @@ GOOD = encoded(picture(56, 56))
     ("bad", "reason"),
     [
         (record("<image>", [b"no image at all"]), "image: corrupt"),
-        (record("<image>", [b""]), "image: corrupt"),
+        (record("<image>", [b""]), "image: empty"),
         (record("<image>", [GOOD[:20]]), "image: corrupt"),
         (record("<image>", [bomb(9_000, 9_000)]), "image: too large"),
         (record("<image>", [bomb(2**31 - 1, 2**31 - 1)]), "image: too large"),

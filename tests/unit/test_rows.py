@@ -75,7 +75,9 @@ def test_image_forms(tmp_path: Path) -> None:
     assert [row.images for row in Rows([write(tmp_path / "none.parquet", [{"problem": "?", "answer": "1"}])])] == [()]
 
 
-@pytest.mark.parametrize(("value", "text"), [("  7 ", "7"), (7, "7"), (0.5, "0.5"), (None, ""), (0, "0")])
+@pytest.mark.parametrize(
+    ("value", "text"), [("  7 ", "7"), (7, "7"), (0.5, "0.5"), (None, ""), (0, "0"), (float("nan"), "")]
+)
 def test_ground_truth_is_text(tmp_path: Path, value: object, text: str) -> None:
     record = verl_record(0, reward_model={"style": "rule", "ground_truth": value})
     (row,) = Rows([write(tmp_path / "t.parquet", [record])])
