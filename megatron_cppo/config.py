@@ -7,6 +7,7 @@ the names: `_tokens`, `_pixels`, `_seconds`; counts start with `num_` or end in 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -237,9 +238,10 @@ class DebugConfig:
     save_rollouts: bool = False
     """Write every step's graded groups, exactly as the update gets them, to run_dir/rollouts."""
     rollout_only: bool = False
-    """Sample and grade with the starting weights and save the rollouts; no update, nothing of the optimizer."""
+    """Sample and grade with the starting weights (or the newest checkpoint's) and save the rollouts; no update."""
     train_on: str = ""
-    """A folder of saved rollouts: its steps are trained on, nothing is sampled."""
+    """A folder of saved rollouts: its steps are trained on, nothing is sampled or graded, and evaluated only where
+    data.evaluation is given. Rollouts of other weights than the starting ones need --trainer.self_check False."""
     replay: str = ""
     """A folder of a skipped update (run_dir/skipped/...): compute it again and say where it stops being finite."""
 
@@ -267,16 +269,36 @@ def save(config: Config, path: Path) -> None:
 def flags(saved: Any) -> list[str]:
     """The command-line flags that say what a saved config.json says, so that one strict parser reads both.
 
-    Raises ConfigError when the JSON is not two levels of sections and fields.
+    Raises ConfigError when the JSON is not two levels of sections and fields, with all fields that do not exist.
     """
     if not isinstance(saved, dict):
         raise ConfigError(f"config.json: must be an object of sections, got {saved!r}")
     words: list[str] = []
+    problems: list[str] = []
+    known = {section.name: _field_names(section.name) for section in dataclasses.fields(Config)}
     for section, fields in saved.items():
         if not isinstance(fields, dict):
             raise ConfigError(f"config.json: section '{section}' must be an object of fields, got {fields!r}")
         for name, value in fields.items():
+            if name not in known.get(section, ()):
+                problems.append(_unknown_field(f"{section}.{name}", known))
+            elif not all(
+                isinstance(item, str | int | float) for item in (value if isinstance(value, list) else [value])
+            ):
+                problems.append(f"config.json: {section}.{name} must be a text, a number, true or false, got {value!r}")
             flag = f"--{section}.{name}"
             # With "=", a text that looks like a flag is still a text.
             words += [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
+    if problems:
+        raise ConfigError("\n".join(problems))
     return words
+
+
+def _field_names(section: str) -> list[str]:
+    return [field.name for field in dataclasses.fields(getattr(Config(), section))]
+
+
+def _unknown_field(name: str, known: dict[str, list[str]]) -> str:
+    names = [f"{section}.{field}" for section, fields in known.items() for field in fields]
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"config.json: there is no field {name}; " + (f"did you mean {close[0]}?" if close else "remove it")

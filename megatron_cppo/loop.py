@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_cppo.algo.objective import OBJECTIVES
-from megatron_cppo.config import Config
+from megatron_cppo.config import Config, UserError
+from megatron_cppo.data.damage import sound_prompts
 from megatron_cppo.data.packing import build_batch, rows_per_rank, scoring_rows
 from megatron_cppo.evaluate import Evaluation
 from megatron_cppo.plan import Plan
+from megatron_cppo.policy.checkpoint_files import SaveError
 from megatron_cppo.rewards.scoring import describe
 from megatron_cppo.rollout.engine import Engine
-from megatron_cppo.runlog import RunLog
+from megatron_cppo.runlog import RunLog, StepRecord
+from megatron_cppo.saved import CHECKPOINT, SavedRollouts, Scores, SkippedStep, Writer, trailing
 from megatron_cppo.selfcheck import check_first_step
 from megatron_cppo.types import Batch, Group, Prompt, Sample
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from megatron_cppo.data.prompts import PromptSource
     from megatron_cppo.policy.policy import Policy
+
+LOG = logging.getLogger("megatron_cppo")
+
+
+class NonFiniteError(UserError):
+    """Too many updates in a row were skipped, as their loss or gradient was not finite."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Everything that a loop drives; made by `train.py`, the same on every rank."""
+    """Everything that a loop drives; made by `train.py`, the same on every rank.
+
+    With `rollouts` (saved ones) nothing is sampled for training; the engine then serves an evaluation, or is absent.
+    """
 
     config: Config
     plan: Plan
@@ -35,87 +50,132 @@ class Run:
     reward: Callable[[Sequence[Group]], list[Group]]
     evaluation: Evaluation | None
     log: RunLog
+    writer: Writer
+    rollouts: SavedRollouts | None = None
 
 
 def reinforce(run: Run) -> None:
     """Reinforcement learning: one rollout, and `updates_per_step` updates, a step."""
-    config, plan, policy, engine, log = run.config, run.plan, run.policy, run.engine, run.log
-    step = _start(run)
+    config, plan, policy, log = run.config, run.plan, run.policy, run.log
+    step, in_a_row = _start(run)
     while step < config.trainer.num_steps:
         step += 1
         checks = step == 1 and config.trainer.self_check
         with log.step(step) as record:
-            with record.span("rollout"), log.phase("rollout", plan.samples_per_step // plan.num_ranks) as advance:
-                groups = engine.generate(
-                    _prompts(run, step),
-                    samples_per_prompt=config.rollout.samples_per_prompt,
-                    temperature=config.rollout.temperature,
-                    advance=advance,
-                )
-            with record.span("reward"):
-                groups = run.reward(groups)
-            record.add(describe(groups))
+            groups = _graded_groups(run, step, record)
             with record.span("batch"):
-                batch = _plan_batch(run, groups, score=checks or plan.scores_old_logp or plan.uses_reference)
+                scores = checks or plan.scores_old_logp or plan.uses_reference
+                batch = plan_batch(config, plan, groups, score=scores)
             old = checks or plan.scores_old_logp
             with record.span("score"), log.phase("score", scoring_rows(batch) * (old + plan.uses_reference)) as advance:
                 scored = policy.score(batch, old=old, reference=plan.uses_reference, advance=advance)
             with record.span("update"), log.phase("update", rows_per_rank(batch)) as advance:
                 metrics = policy.update(scored, advance)
             record.add(metrics)
-            if checks:
+            if checks and not policy.skipped:  # else the skipped update says more
                 _check(run, scored)
             with record.span("sync"):
-                engine.load_weights(policy.weights(), version=step)
-        _after(run, step, batch)
+                run.engine.load_weights(policy.weights(), version=step)
+        in_a_row = _after_update(run, step, groups, scored, in_a_row)
+        _after(run, step, batch, in_a_row)
     _finish(run)
+
+
+def sample(run: Run) -> None:
+    """Rollouts alone (debug.rollout_only): the weights stay as they were, every step's graded groups are saved."""
+    step, _ = _start(run)
+    while step < run.config.trainer.num_steps:
+        step += 1
+        with run.log.step(step) as record:
+            groups = _graded_groups(run, step, record)
+        if _due(step, run.config.trainer.keep_samples_every_steps):
+            run.log.samples(step, [sample for group in groups for sample in group.samples], ())
+        if _evaluates(run, step):
+            _evaluate(run, step)
+    run.log.close()
 
 
 def supervise(run: Run) -> None:
     """Supervised learning of the rows' own responses, through the same policy: one update a step."""
-    step = _start(run)
+    step, in_a_row = _start(run)
     while step < run.config.trainer.num_steps:
         step += 1
         with run.log.step(step) as record:
             with record.span("batch"):
-                groups = [Group(prompt, (_target(prompt),)) for prompt in _prompts(run, step)]
-                batch = _plan_batch(run, groups, score=False)
+                groups = [Group(prompt, (_target(prompt),)) for prompt in _prompts(run, step, record)]
+                batch = plan_batch(run.config, run.plan, groups, score=False)
             with record.span("update"), run.log.phase("update", rows_per_rank(batch)) as advance:
                 record.add(run.policy.update(batch, advance))
             if _evaluates(run, step):
                 with record.span("sync"):
                     run.engine.load_weights(run.policy.weights(), version=step)
-        _after(run, step, batch)
+        in_a_row = _after_update(run, step, groups, batch, in_a_row)
+        _after(run, step, batch, in_a_row)
     _finish(run)
 
 
 LOOPS = {"cppo": reinforce, "grpo": reinforce, "supervised": supervise}
 
 
-def _start(run: Run) -> int:
-    """Resume from the newest checkpoint, or evaluate what is there; returns the last finished step."""
+def loop_of(config: Config) -> Callable[[Run], None]:
+    """The loop that `config` asks for."""
+    return sample if config.debug.rollout_only else LOOPS[config.algorithm.objective]
+
+
+def _start(run: Run) -> tuple[int, int]:
+    """Resume from the newest checkpoint, or evaluate what is there.
+
+    Returns the last finished step, and how many updates were skipped in a row up to its end.
+    """
     progress = run.policy.restore(_checkpoints(run))
     step = progress["step"] if progress else 0
     run.log.resume(step)
     run.engine.load_weights(run.policy.weights(), version=step)
     if step == 0:
         _evaluate(run, step)
-    return step
+    return step, progress["skipped_in_a_row"] if progress else 0
 
 
-def _prompts(run: Run, step: int) -> list[Prompt]:
+def _graded_groups(run: Run, step: int, record: StepRecord) -> list[Group]:
+    """The step's groups with their rewards and advantages: sampled and graded, or read."""
+    config, plan = run.config, run.plan
+    if run.rollouts is not None:
+        with record.span("read"):
+            groups = run.rollouts.groups(step)
+    else:
+        with record.span("rollout"), run.log.phase("rollout", plan.samples_per_step // plan.num_ranks) as advance:
+            groups = run.engine.generate(
+                _prompts(run, step, record),
+                samples_per_prompt=config.rollout.samples_per_prompt,
+                temperature=config.rollout.temperature,
+                advance=advance,
+            )
+        with record.span("reward"):
+            groups = run.reward(groups)
+    if config.debug.save_rollouts or config.debug.rollout_only:
+        run.writer.rollout(step, groups)
+    record.add(describe(groups))
+    return groups
+
+
+def _prompts(run: Run, step: int, record: StepRecord) -> list[Prompt]:
+    """The step's prompts, those with a damaged image replaced and counted."""
     count = run.config.trainer.prompts_per_step
-    return run.prompts.take((step - 1) * count, count)
+    prompts, num_replaced = sound_prompts(run.prompts, (step - 1) * count, count, group=run.policy.groups.world)
+    if num_replaced:
+        record.add({"data/replaced_prompts": num_replaced})
+    return prompts
 
 
-def _plan_batch(run: Run, groups: Sequence[Group], *, score: bool) -> Batch:
+def plan_batch(config: Config, plan: Plan, groups: Sequence[Group], *, score: bool) -> Batch:
+    """The packed rows of a step's groups: its updates, and with `score` the scoring pass."""
     return build_batch(
         groups,
-        views_for=OBJECTIVES[run.config.algorithm.objective].views_for,
-        num_updates=run.config.trainer.updates_per_step,
-        data_parallel=run.plan.data_parallel,
-        max_tokens=run.plan.max_tokens_per_microbatch,
-        row_multiple=run.plan.row_multiple,
+        views_for=OBJECTIVES[config.algorithm.objective].views_for,
+        num_updates=config.trainer.updates_per_step,
+        data_parallel=plan.data_parallel,
+        max_tokens=plan.max_tokens_per_microbatch,
+        row_multiple=plan.row_multiple,
         score=score,
     )
 
@@ -134,7 +194,51 @@ def _target(prompt: Prompt) -> Sample:
     return Sample(prompt=prompt, index=0, token_ids=prompt.target, logp=(), text="", truncated=False, version=0)
 
 
-def _after(run: Run, step: int, batch: Batch) -> None:
+def _after_update(run: Run, step: int, groups: Sequence[Group], batch: Batch, before: int) -> int:
+    """Save a step with skipped updates for replay. Returns how many were skipped in a row, `before` of them earlier.
+
+    Raises NonFiniteError, on all ranks, when the step ends with too many of them; the weights, which the last of them
+    saw, are then saved with the step.
+    """
+    trainer, skipped = run.config.trainer, run.policy.skipped
+    last = trailing(skipped, len(batch.updates))
+    in_a_row = before + last if last == len(batch.updates) else last
+    if not skipped:
+        return in_a_row
+    folder = run.writer.skipped(
+        SkippedStep(
+            step=step,
+            updates=skipped,
+            num_updates=len(batch.updates),
+            seed=trainer.seed,
+            groups=tuple(groups),
+            old_logp=_numbers(batch.old_logp),
+            reference_logp=_numbers(batch.reference_logp),
+        )
+    )
+    named = ", ".join(str(update + 1) for update in skipped)
+    which = f"step {step}: of its {len(batch.updates)} updates {named}"
+    stops = in_a_row >= trainer.max_skipped_updates
+    if not stops:
+        LOG.warning(
+            "%s skipped, as loss or gradient is not finite; %d in a row now, the run stops at %d; saved in %s",
+            *(which, in_a_row, trainer.max_skipped_updates, folder),
+        )
+        return in_a_row
+    run.policy.save(folder / CHECKPOINT, at_step=step, progress={"skipped_in_a_row": in_a_row}, keep=1)
+    raise NonFiniteError(
+        f"{which} skipped, as loss or gradient is not finite: {in_a_row} in a row, and trainer.max_skipped_updates is "
+        f"{trainer.max_skipped_updates}\n"
+        f"fix: --debug.replay {folder} (with the same recipe) shows where it stops being finite; then lower "
+        "optimizer.learning_rate, or mend the data or the model; the same command resumes from the last checkpoint"
+    )
+
+
+def _numbers(scores: tuple[Tensor, ...] | None) -> Scores:
+    return None if scores is None else tuple(tuple(logp.tolist()) for logp in scores)
+
+
+def _after(run: Run, step: int, batch: Batch, in_a_row: int) -> None:
     """What follows a step when it is due: keep its samples, evaluate, save (last, so that nothing due is lost)."""
     trainer = run.config.trainer
     if _due(step, trainer.keep_samples_every_steps):
@@ -142,9 +246,28 @@ def _after(run: Run, step: int, batch: Batch) -> None:
     if _evaluates(run, step):
         _evaluate(run, step)
     if step == trainer.num_steps or _due(step, trainer.save_every_steps):
+        _save(run, step, {"skipped_in_a_row": in_a_row})
+
+
+def _save(run: Run, step: int, progress: dict[str, Any]) -> None:
+    """Save a checkpoint. One that cannot be written ends the run, or is counted, as configured.
+
+    After the last step it ends the run in any case, but not before the export, the run's result, was tried.
+    """
+    trainer = run.config.trainer
+    try:
         with run.log.phase("save", 1) as advance:
-            run.policy.save(_checkpoints(run), at_step=step, progress={}, keep=trainer.keep_checkpoints)
+            run.policy.save(_checkpoints(run), at_step=step, progress=progress, keep=trainer.keep_checkpoints)
             advance(1)
+    except SaveError as error:
+        if step == trainer.num_steps:
+            try:
+                _export(run)
+            except UserError as another:
+                raise UserError(f"{error}\n{another}") from another
+        if step == trainer.num_steps or trainer.on_save_failure == "stop":
+            raise
+        run.log.failure(step, "checkpoint", str(error))
 
 
 def _evaluates(run: Run, step: int) -> bool:
@@ -162,9 +285,13 @@ def _evaluate(run: Run, step: int) -> None:
 
 
 def _finish(run: Run) -> None:
+    _export(run)
+    run.log.close()
+
+
+def _export(run: Run) -> None:
     if run.config.trainer.export:
         run.policy.export(Path(run.config.trainer.run_dir) / "export")
-    run.log.close()
 
 
 def _checkpoints(run: Run) -> Path:

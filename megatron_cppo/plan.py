@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from megatron_cppo.architecture import ModelShape
 from megatron_cppo.config import Config, ConfigError, PolicyConfig
 
 BYTES = {"fp32": 4, "bf16": 2}
+PARQUET = b"PAR1"
+"""Begins and ends every parquet file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,7 @@ def resolve(config: Config) -> Plan:
     except ConfigError as error:
         problems.append(str(error))
     problems += _layout_problems(config, shape) + _batch_problems(config) + _value_problems(config)
-    problems += _file_problems(config)
+    problems += _debug_problems(config) + _file_problems(config)
     if problems or shape is None:
         raise ConfigError("\n".join(f"  {number}. {text}" for number, text in enumerate(problems, 1)))
     return _derive(config, shape)
@@ -274,10 +277,15 @@ _BOUNDS: tuple[tuple[str, str, float, float], ...] = (
 
 
 def _value_problems(config: Config) -> list[str]:
-    problems = []
+    problems = [
+        f"{section}.{name}: {value} is not a finite number; give one"
+        for section, fields in dataclasses.asdict(config).items()
+        for name, value in fields.items()
+        if isinstance(value, float) and not math.isfinite(value)
+    ]
     for section, name, low, high in _BOUNDS:
         value = getattr(getattr(config, section), name)
-        if not low <= value <= high:
+        if math.isfinite(value) and not low <= value <= high:
             problems.append(f"{section}.{name}: {value} is outside [{low}, {high}]; use {min(max(value, low), high)}")
     if config.algorithm.dual_clip and config.algorithm.dual_clip <= 1:
         problems.append(
@@ -302,17 +310,67 @@ def _value_problems(config: Config) -> list[str]:
     return problems
 
 
+def _debug_problems(config: Config) -> list[str]:
+    debug = config.debug
+    modes = {"rollout_only": debug.rollout_only, "train_on": debug.train_on, "replay": debug.replay}
+    chosen, problems = [name for name, value in modes.items() if value], []
+    if len(chosen) > 1:
+        problems.append(f"debug: {' and '.join(chosen)} were chosen, and exclude each other; keep one")
+    if config.algorithm.objective == "supervised":
+        problems += [
+            f"debug.{name}: a supervised run has no rollouts; leave it out"
+            for name in ("save_rollouts", "rollout_only", "train_on")
+            if getattr(debug, name)
+        ]
+    if debug.train_on and not Path(debug.train_on).is_dir():
+        problems.append(f"debug.train_on: {debug.train_on} is no folder; give the folder `rollouts` of a run")
+    if debug.replay and not (Path(debug.replay) / "skipped.json").is_file():
+        problems.append(f"debug.replay: {debug.replay} is no skipped step; give a folder run_dir/skipped/step_...")
+    return problems
+
+
 def _file_problems(config: Config) -> list[str]:
     problems = []
     if not config.data.train:
         problems.append("data.train: no parquet file given; use --data.train FILE [FILE ...]")
     for section, files in (("train", config.data.train), ("evaluation", config.data.evaluation)):
-        problems += [f"data.{section}: {file} does not exist" for file in files if not Path(file).is_file()]
+        problems += [f"data.{section}: {said}" for file in files if (said := _parquet_problem(Path(file)))]
+    problems += _run_dir_problems(Path(config.trainer.run_dir))
     if config.trainer.wandb_project and importlib.util.find_spec("wandb") is None:
         problems.append(
             "trainer.wandb_project: the package wandb is not installed; pip install wandb, or leave it empty"
         )
     return problems
+
+
+def _parquet_problem(path: Path) -> str:
+    """What is wrong with a data file as far as its ends tell; "" when nothing is."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(PARQUET))
+            file.seek(max(0, path.stat().st_size - len(PARQUET)))
+            end = file.read()
+    except FileNotFoundError:
+        return f"{path} does not exist; check the path"
+    except IsADirectoryError:
+        return f"{path} is a folder; name its files: {' '.join(map(str, sorted(path.glob('*.parquet')))) or '(none)'}"
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror}); check the path and its permissions"
+    if start != PARQUET:
+        return f"{path} is not a parquet file, it begins with {start!r}; convert it, e.g. with pandas' to_parquet"
+    return (
+        "" if end == PARQUET else f"{path} is cut off: {path.stat().st_size} bytes, the end is missing; copy it again"
+    )
+
+
+def _run_dir_problems(path: Path) -> list[str]:
+    """Why nothing can be written to the run folder, or why it cannot be made."""
+    there = next(folder for folder in (path, *path.absolute().parents) if os.path.exists(folder))
+    if not os.path.isdir(there):
+        return [f"trainer.run_dir: {there} is a file, not a folder; choose another --trainer.run_dir"]
+    if not os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        return [f"trainer.run_dir: {there} cannot be written to; choose another --trainer.run_dir"]
+    return []
 
 
 def describe(plan: Plan) -> str:

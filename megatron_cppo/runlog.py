@@ -9,6 +9,8 @@ every rank, takes a rank number, and only rank 0 writes.
     timings.jsonl   seconds per span, and of each phase outside a step: everything that a clock said
     samples/        step_000012.jsonl: one object per sample, floats rounded to 6 significant digits
     tensorboard/    both of the above as curves
+    failures.jsonl  one object per checkpoint that could not be written while the run went on
+    status.json     what the run is doing now: step and phase
 
 JSON knows no NaN: such numbers are written as the strings "nan", "inf" and "-inf", which `float` reads back.
 """
@@ -32,10 +34,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_cppo import config as configuration
 from megatron_cppo.config import Config, ConfigError
 from megatron_cppo.progress import Progress, brief, duration
 from megatron_cppo.types import ImageKey, Sample, SampleStatistics
+from megatron_cppo.watchdog import Watch
 
 LOG = logging.getLogger("megatron_cppo")
 
@@ -56,10 +58,11 @@ SHOWN = (
 class StepRecord:
     """The metrics and the seconds of one step."""
 
-    __slots__ = ("_clock", "metrics", "seconds")
+    __slots__ = ("_clock", "_enter", "metrics", "seconds")
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], enter: Callable[[str], None]) -> None:
         self._clock = clock
+        self._enter = enter
         self.metrics: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
 
@@ -74,6 +77,7 @@ class StepRecord:
     def span(self, name: str) -> Iterator[None]:
         """Count the seconds inside towards span `name` (host clock: device work counts where the host waits)."""
         assert name not in ("step", "total"), f"span name {name} is taken"
+        self._enter(name)
         start = self._clock()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + self._clock() - start
@@ -94,12 +98,13 @@ class RunLog:
         describe_view: Callable[[ImageKey], str] | None = None,
         wandb_project: str = "",
         clock: Callable[[], float] = time.perf_counter,
+        watch: Watch | None = None,
     ) -> None:
         """Open `run_dir`, new or left by a run of an equal config (call `resume` then).
 
         `decode_token` gives the text of one token id, `describe_view` the name of the perturbation drawn for an image
-        (None: the objective draws no views). Raises ConfigError when the folder belongs to another config, or when
-        W&B is asked for and not installed.
+        (None: the objective draws no views). `watch` hears of all progress, on every rank. Raises ConfigError when the
+        folder belongs to another config, or when W&B is asked for and not installed.
         """
         self.run_dir = run_dir
         self._writes = rank == 0
@@ -107,6 +112,7 @@ class RunLog:
         self._decode_token = functools.cache(decode_token)
         self._describe_view = describe_view
         self._clock = clock
+        self.watch = watch or Watch()
         self._last_step = 0
         self._in_step = False
         self._first_start: float | None = None
@@ -122,8 +128,9 @@ class RunLog:
         self._lock = _locked(run_dir)
         wandb = _import_wandb(wandb_project) if wandb_project else None
         (run_dir / "samples").mkdir(parents=True, exist_ok=True)
-        configuration.save(config, run_dir / "config.json")
-        (run_dir / "plan.json").write_text(json.dumps(plan_dict, indent=1) + "\n")
+        # Whole or not at all: a run that is killed right here must be able to start again.
+        _replace(run_dir / "config.json", [json.dumps(dataclasses.asdict(config), indent=1)])
+        _replace(run_dir / "plan.json", [json.dumps(plan_dict, indent=1)])
         _append(run_dir / "command.txt", shlex.join(sys.orig_argv))
         if wandb is not None:
             self._wandb = _start_wandb(wandb, wandb_project, run_dir, config)
@@ -135,7 +142,7 @@ class RunLog:
         if self._first_start is None:
             self._first_start = start
         assert step > self._last_step, f"step {step} after step {self._last_step}"
-        record = StepRecord(self._clock)
+        record = StepRecord(self._clock, lambda name: self._status(step, name))
         self._in_step = True
         yield record
         self._in_step = False
@@ -152,7 +159,7 @@ class RunLog:
         """Write what an evaluation after step `step` (0: before training) measured, as evaluation/<name>."""
         if not self._writes:
             return
-        record = StepRecord(self._clock)
+        record = StepRecord(self._clock, _ignore_name)
         record.add({f"evaluation/{name}": value for name, value in values.items()})
         self._write_metrics(step, record.metrics)
         shown = "  ".join(f"{name} {brief(value)}" for name, value in values.items())
@@ -175,13 +182,33 @@ class RunLog:
     def phase(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
         """Show the progress of `total` units of work; yields `advance(n)`. Outside a step its seconds are kept."""
         start = self._clock()
+        if not self._in_step:
+            self._status(self._last_step, name)
         progress = Progress(name, total, sys.stderr, self._clock)
-        yield progress.advance if self._writes else _ignore
+
+        def advance(count: int) -> None:
+            self.watch.advance()
+            if self._writes:
+                progress.advance(count)
+
+        yield advance
         if not self._writes:
             return
         progress.close()
         if not self._in_step:
             self._write_timings(self._last_step, {name: self._clock() - start})
+
+    def failure(self, step: int, what: str, text: str) -> None:
+        """Warn of, and count, something of step `step` that failed without ending the run ("checkpoint").
+
+        Its line stays when a run goes back to an earlier step: what a disk did is no function of the step.
+        """
+        if not self._writes:
+            return
+        path = self.run_dir / "failures.jsonl"
+        _append(path, json.dumps({"step": step, "what": what, "text": text}))
+        count = sum(line["what"] == what for line in read_lines(path))
+        LOG.warning("step %d/%d  %s (%s failures so far: %d)", step, self._total_steps, text, what, count)
 
     def resume(self, step: int) -> None:
         """Forget everything after step `step`, the last one that a checkpoint holds; 0 starts over.
@@ -193,24 +220,31 @@ class RunLog:
         self._purge_step = step + 1
         if not self._writes:
             return
-        for name in ("metrics.jsonl", "timings.jsonl"):
+        for name in ("metrics.jsonl", "timings.jsonl", "failures.jsonl"):
             path = self.run_dir / name
             if path.exists():
                 # Nothing is kept of step 0 when the run starts over, as it will be evaluated again.
-                kept = [line for line in read_lines(path) if step > 0 and line["step"] <= step]
+                stays = name == "failures.jsonl"
+                kept = [line for line in read_lines(path) if stays or (step > 0 and line["step"] <= step)]
                 _replace(path, [json.dumps(line) for line in kept])
         for path in (self.run_dir / "samples").glob("step_*.jsonl"):
             if int(path.stem.removeprefix("step_")) > step:
                 path.unlink()
 
     def close(self) -> None:
-        """Finish the curves of TensorBoard and W&B; the files need no closing."""
+        """Say that the run is done, and finish the curves of TensorBoard and W&B; the files need no closing."""
+        self._status(self._last_step, "done")
         if self._lock is not None:
             self._lock.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    def _status(self, step: int, phase: str) -> None:
+        self.watch.enter(step, phase)
+        if self._writes:
+            _replace(self.run_dir / "status.json", [json.dumps({"step": step, "phase": phase})])
 
     def _write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         line = {"step": step} | {name: _plain(value) for name, value in metrics.items()}
@@ -302,10 +336,25 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return objects
 
 
+CHANGES_NO_NUMBER = frozenset(
+    {
+        "trainer.run_dir",  # the folder may have been moved, or be spelled in another way
+        "trainer.keep_checkpoints",
+        "trainer.on_save_failure",
+        "trainer.max_skipped_updates",
+        "trainer.hang_minutes",
+        "trainer.wandb_project",
+        "debug.save_rollouts",
+        "debug.replay",
+    }
+)
+"""The fields in which a run may be resumed with other values: nothing that it computes depends on them."""
+
+
 def refuse_other_config(run_dir: Path, config: Config) -> None:
     """Raise ConfigError when `run_dir` holds steps or checkpoints of a run of another config than `config`.
 
-    A folder whose run failed before its first step may be used again.
+    `CHANGES_NO_NUMBER` may differ. A folder whose run failed before its first step may be used again.
     """
     path = run_dir / "config.json"
     metrics = run_dir / "metrics.jsonl"
@@ -318,8 +367,7 @@ def refuse_other_config(run_dir: Path, config: Config) -> None:
         raise ConfigError(f"{path} is not JSON ({error}); fix: delete it, or choose another trainer.run_dir") from error
     there, here = _flat(saved), _flat(json.loads(json.dumps(dataclasses.asdict(config))))
     names = sorted(there.keys() | here.keys())
-    # The folder may have been moved, or be spelled in another way.
-    differing = [name for name in names if name != "trainer.run_dir" and there.get(name) != here.get(name)]
+    differing = [name for name in names if name not in CHANGES_NO_NUMBER and there.get(name) != here.get(name)]
     if differing:
         lines = [
             f"  {name}: {there.get(name, 'absent')!r} there, {here.get(name, 'absent')!r} here" for name in differing
@@ -395,5 +443,5 @@ def _rounded(value: float) -> float | str:
     return _plain(float(f"{value:.6g}"))
 
 
-def _ignore(count: int) -> None:
-    """The `advance` of a rank that does not write."""
+def _ignore_name(name: str) -> None:
+    """What a record that has no spans makes of one."""

@@ -4,19 +4,19 @@
 
 RECIPE is a Python file with a function config() -> Config, or the config.json of an earlier run. Any field can be
 overridden. --check prints the config, the plan and every problem, and starts nothing. Without a scheduler's RANK in
-the environment, all ranks are started on this machine.
+the environment, all ranks are started on this machine. When a rank fails, all end, and why is the last that is printed;
+when they hang, every rank's stacks are; logs/ in the run folder keeps both. `kill -USR1` shows the stacks meanwhile.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,23 +24,30 @@ from typing import TYPE_CHECKING
 import tyro
 
 from megatron_cppo import config as configuration
-from megatron_cppo import launch
+from megatron_cppo import launch, pretrained, ranks, watchdog
 from megatron_cppo.config import Config, ConfigError, UserError
 from megatron_cppo.plan import Plan, describe, resolve
+from megatron_cppo.recipe import UserCode, find, from_python
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
+
     from megatron_cppo.data.prompts import Phase, PromptSource
     from megatron_cppo.evaluate import Evaluation
     from megatron_cppo.loop import Run
     from megatron_cppo.rewards.scoring import Reward
     from megatron_cppo.rollout.engine import Engine
+    from megatron_cppo.watchdog import Watch
 
 USER_ERROR = 2
+PROGRAM = "python -m megatron_cppo.train RECIPE"
 TIMEOUT = timedelta(minutes=30)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, 2 for a mistake of the user, else what a failing rank returned."""
+    # A rank, and not the process that starts it; from here on its launcher sees it, and prints what it raises.
+    watch = watchdog.attach(os.environ[ranks.WATCH]) if ranks.WATCH in os.environ else None
     words = list(sys.argv[1:] if arguments is None else arguments)
     check = "--check" in words
     words = [word for word in words if word != "--check"]
@@ -50,41 +57,78 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = read_config(words[0], words[1:])
         plan = check_all(config)
-    except ConfigError as error:
-        sys.stderr.write(f"{error}\n")
+        if check:
+            _show(config, plan)
+            return 0
+        return _launch(words, config, plan) if watch is None else run_rank(config, plan, watch)
+    except UserError as error:
+        if watch is None:
+            sys.stderr.write(f"{error}\n")
+        else:
+            watch.say(error, kind="user")
         return USER_ERROR
-    if check:
-        _show(config, plan)
-        return 0
-    if "RANK" not in os.environ:
-        environment = dict(os.environ)
-        if config.policy.device == "cpu":
-            threads = max(1, (os.cpu_count() or 1) // config.trainer.num_gpus)
-            environment = launch.loopback_interface() | {"OMP_NUM_THREADS": str(threads)} | environment
-        return launch.run_ranks(launch.rank_command(words), num_ranks=plan.num_ranks, environment=environment)
-    return run_rank(config, plan)
+
+
+def _launch(words: Sequence[str], config: Config, plan: Plan) -> int:
+    """Start the ranks and wait for their end: all of them, or the one that a scheduler wants of this process."""
+    environment, task = dict(os.environ), None
+    if "RANK" in environment:
+        task = _task(environment, plan)
+    elif config.policy.device == "cpu":
+        threads = max(1, (os.cpu_count() or 1) // config.trainer.num_gpus)
+        environment = launch.loopback_interface() | {"OMP_NUM_THREADS": str(threads)} | environment
+    return launch.run_ranks(
+        launch.rank_command(words),
+        num_ranks=plan.num_ranks,
+        environment=environment,
+        log_dir=_logs(config),
+        hang_minutes=config.trainer.hang_minutes,
+        task=task,
+    )
+
+
+def _task(environment: Mapping[str, str], plan: Plan) -> launch.Task:
+    absent = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
+    if absent:
+        raise ConfigError(f"RANK is set, but not {', '.join(absent)}; set them, or unset RANK to start all ranks here")
+    world = int(environment["WORLD_SIZE"])
+    if world != plan.num_ranks:
+        raise ConfigError(f"trainer.num_gpus is {plan.num_ranks}, but {world} ranks were started; make them equal")
+    return launch.Task(int(environment["RANK"]), world, environment["MASTER_ADDR"], int(environment["MASTER_PORT"]))
 
 
 def check_all(config: Config) -> Plan:
-    """The plan of `config`. Raises one ConfigError with the problems of plan, rewards and run folder."""
-    from megatron_cppo.rewards import RewardError, parse_terms
+    """The plan of `config`. Raises one ConfigError with the problems of plan, checkpoint, rewards and run folder."""
+    from megatron_cppo.rewards import parse_terms
     from megatron_cppo.rewards import resolve as resolve_reward
     from megatron_cppo.runlog import refuse_other_config
+    from megatron_cppo.saved import refuse_incomplete
 
-    problems, plan = [], None
+    problems: list[str] = []
+    plan = None
     try:
         plan = resolve(config)
     except ConfigError as error:
-        problems.append(str(error))
+        problems += str(error).splitlines()
+    others = []
+    if os.path.isfile(Path(config.model.path) / "config.json"):  # else the plan has said it
+        others += pretrained.problems(config.model.path)
     try:
         for term in parse_terms(config.algorithm.rewards):
-            resolve_reward(term.name)
-    except RewardError as error:
-        problems.append(f"  algorithm.rewards: {error}")
+            with UserCode(f"the module of reward {term.name!r}"):
+                resolve_reward(term.name)
+    except UserError as error:
+        others.append(f"algorithm.rewards: {error}")
+    if config.debug.train_on and Path(config.debug.train_on).is_dir():
+        try:
+            refuse_incomplete(config)
+        except UserError as error:
+            others.append(str(error))
     try:
         refuse_other_config(Path(config.trainer.run_dir), config)
-    except ConfigError as error:
-        problems.append(f"  trainer.run_dir: {error}")
+    except (ConfigError, OSError) as error:
+        others.append(f"trainer.run_dir: {error}")
+    problems += [f"  {number}. {text}" for number, text in enumerate(others, len(problems) + 1)]
     if plan is None or problems:
         raise ConfigError("\n".join(problems))
     return plan
@@ -92,28 +136,16 @@ def check_all(config: Config) -> Plan:
 
 def read_config(recipe: str, flags: Sequence[str]) -> Config:
     """The recipe's config with the command line's overrides. Raises ConfigError; an unknown flag ends the process."""
-    path = Path(recipe)
-    if not path.is_file():
-        raise ConfigError(f"recipe {recipe!r} does not exist; give a .py file with config(), or a saved config.json")
-    start, earlier = Config(), []
+    path, start, earlier = find(recipe), Config(), []
     if path.suffix == ".py":
-        spec = importlib.util.spec_from_file_location("recipe", path)
-        assert spec is not None, f"{path} cannot be a module"
-        assert spec.loader is not None, f"{path} has no loader"
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses of the recipe look their module up
-        spec.loader.exec_module(module)
-        if not hasattr(module, "config"):
-            raise ConfigError(f"recipe {recipe!r} has no function config() -> Config; add one")
-        start = module.config()
-        if not isinstance(start, Config):
-            raise ConfigError(f"recipe {recipe!r}: config() must return a Config, got {start!r}; return Config(...)")
+        start = from_python(path)
     else:
         try:
-            earlier = configuration.flags(json.loads(path.read_text()))
-        except ValueError as error:
-            raise ConfigError(f"recipe {recipe!r} is not a saved config ({error})") from error
-    return tyro.cli(Config, default=start, args=[*earlier, *flags], config=(tyro.conf.FlagConversionOff,), prog=recipe)
+            saved = json.loads(path.read_text())
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"recipe {recipe!r} is not a saved config ({error}); give a .py or .json file") from error
+        earlier = configuration.flags(saved)
+    return tyro.cli(Config, default=start, args=[*earlier, *flags], config=(tyro.conf.FlagConversionOff,), prog=PROGRAM)
 
 
 def _show_help(words: Sequence[str]) -> None:
@@ -130,48 +162,82 @@ def _show(config: Config, plan: Plan) -> None:
     sys.stdout.write("\n".join([*lines, "plan", describe(plan), "no problems"]) + "\n")
 
 
-def run_rank(config: Config, plan: Plan) -> int:
-    """One rank, from its environment to the end of its loop."""
+def run_rank(config: Config, plan: Plan, watch: Watch) -> int:
+    """One rank, from its environment to the end of its loop. Raises UserError."""
     import torch
     import torch.distributed as dist
 
-    from megatron_cppo.loop import LOOPS
+    from megatron_cppo.loop import loop_of
     from megatron_cppo.policy import platform
 
-    launch.die_with_parent()
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if world != plan.num_ranks:
-        sys.stderr.write(f"trainer.num_gpus is {plan.num_ranks}, but {world} ranks were started; make them equal\n")
-        return USER_ERROR
-    _log_to(Path(config.trainer.run_dir), rank)
+    os.register_at_fork(after_in_child=ranks.die_with_parent)  # writers of a checkpoint are forks of this process
+    rank = int(os.environ["RANK"])
+    _log_to(_logs(config), rank)
     if config.policy.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     platform.activate(config.policy.device)
-    dist.init_process_group(platform.backend(config.policy.device), rank=rank, world_size=world, timeout=TIMEOUT)
-    try:
-        with build_run(config, plan) as run:
-            LOOPS[config.algorithm.objective](run)
-    except UserError as error:
-        logging.getLogger("megatron_cppo").error("%s", error)  # rank 0 speaks on stderr, every rank in its own file
-        return USER_ERROR
-    finally:
-        dist.destroy_process_group()
+    watch.enter(0, "rendezvous")
+    # A hang is to be named by the launcher, before a collective gives up.
+    timeout = max(TIMEOUT, timedelta(minutes=min(config.trainer.hang_minutes, 1e6) + 10))
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        plan.num_ranks,
+        is_master=rank == 0,
+        timeout=TIMEOUT,
+        master_listen_fd=int(os.environ[launch.STORE]) if rank == 0 else None,
+    )
+    dist.init_process_group(
+        platform.backend(config.policy.device), store=store, rank=rank, world_size=plan.num_ranks, timeout=timeout
+    )
+    watch.enter(0, "build")
+    # Not to be undone after an error: the other ranks may be in a collective, and closing would wait for them.
+    if config.debug.replay:
+        _replay(config, plan, watch)
+    else:
+        with build_run(config, plan, watch) as run:
+            loop_of(config)(run)
+    dist.destroy_process_group()
     return 0
 
 
+def _replay(config: Config, plan: Plan, watch: Watch) -> None:
+    """Compute a skipped update again (debug.replay). The run folder's lock and logs are another's."""
+    import torch.distributed as dist
+
+    from megatron_cppo.data.lookup import RowFinder
+    from megatron_cppo.data.tokenizer import vocabulary
+    from megatron_cppo.policy.policy import Policy
+    from megatron_cppo.replay import replay
+
+    @contextlib.contextmanager
+    def phase(name: str, _: int) -> Iterator[Callable[[int], None]]:
+        watch.enter(0, name)
+        yield lambda _: watch.advance()
+
+    trained_on = dataclasses.replace(config, data=dataclasses.replace(config.data, evaluation=()))
+    rows = _prompt_sources(trained_on, phase, dist.group.WORLD)["train"]
+    policy = Policy(config, plan, pixels=rows.pixels, banned_ids=vocabulary(config.model.path).banned_ids)
+    with phase("replay", 0) as advance:
+        replay(config, plan, policy, find=RowFinder(rows), advance=advance)
+
+
 @contextlib.contextmanager
-def build_run(config: Config, plan: Plan) -> Iterator[Run]:
+def build_run(config: Config, plan: Plan, watch: Watch | None = None) -> Iterator[Run]:
     """Make everything that a loop drives, on this rank. The process group must be up."""
     import torch.distributed as dist
 
+    from megatron_cppo.data.lookup import RowFinder
     from megatron_cppo.data.tokenizer import vocabulary
     from megatron_cppo.loop import Run
     from megatron_cppo.policy.model import DTYPES
     from megatron_cppo.policy.policy import Policy
     from megatron_cppo.rewards.grader import Grader
     from megatron_cppo.rewards.scoring import Reward
+    from megatron_cppo.rollout.absent import NoEngine
     from megatron_cppo.rollout.transformers import TransformersEngine
     from megatron_cppo.runlog import RunLog
+    from megatron_cppo.saved import SavedRollouts, Writer
 
     algorithm, trainer = config.algorithm, config.trainer
     words = vocabulary(config.model.path)
@@ -184,22 +250,27 @@ def build_run(config: Config, plan: Plan) -> Iterator[Run]:
         decode_token=words.decode_token,
         describe_view=(lambda key: sources[key.split].view_name(key)) if algorithm.objective == "cppo" else None,
         wandb_project=trainer.wandb_project,
+        watch=watch,
     )
-    sources = _prompt_sources(config, log.phase)
+    sources = _prompt_sources(config, log.phase, dist.group.WORLD)
     policy = Policy(config, plan, pixels=lambda key: sources[key.split].pixels(key), banned_ids=words.banned_ids)
-    engine = TransformersEngine(
-        config.model.path,
-        pixels=lambda key: sources[key.split].pixels(key),
-        banned_ids=words.banned_ids,
-        decode=words.decode,
-        max_response_tokens=config.rollout.max_response_tokens,
-        max_sequences=config.rollout.max_sequences,
-        seed=trainer.seed,
-        group=policy.groups.world,
-        end_ids=words.eos_ids,
-        dtype=DTYPES[config.policy.precision],
-        device=config.policy.device,
-    )
+    rollouts, engine, vocab_size = None, NoEngine(), plan.shape.vocab_size
+    if config.debug.train_on:
+        rollouts = SavedRollouts(config, find=RowFinder(sources["train"]), vocab_size=vocab_size)
+    if rollouts is None or "evaluation" in sources:
+        engine = TransformersEngine(
+            config.model.path,
+            pixels=lambda key: sources[key.split].pixels(key),
+            banned_ids=words.banned_ids,
+            decode=words.decode,
+            max_response_tokens=config.rollout.max_response_tokens,
+            max_sequences=config.rollout.max_sequences,
+            seed=trainer.seed,
+            group=policy.groups.world,
+            end_ids=words.eos_ids,
+            dtype=DTYPES[config.policy.precision],
+            device=config.policy.device,
+        )
     grader = Grader(
         algorithm.rewards, workers=trainer.grader_processes, deadline_seconds=trainer.grader_timeout_seconds
     )
@@ -217,12 +288,16 @@ def build_run(config: Config, plan: Plan) -> Iterator[Run]:
             engine=engine,
             prompts=sources["train"],
             reward=reward,
-            evaluation=_evaluation(config, sources, engine, reward),
+            evaluation=_evaluation(config, sources, engine, reward, log.watch),
             log=log,
+            writer=Writer(Path(trainer.run_dir), rank=dist.get_rank(), vocab_size=vocab_size),
+            rollouts=rollouts,
         )
 
 
-def _prompt_sources(config: Config, phase: Phase) -> dict[str, PromptSource]:
+def _prompt_sources(config: Config, phase: Phase, group: dist.ProcessGroup | None) -> dict[str, PromptSource]:
+    """Training rows and evaluation rows; of the latter those with a damaged image are left out now, on all ranks."""
+    from megatron_cppo.data.damage import leave_out_damaged
     from megatron_cppo.data.prompts import PromptSource
 
     files = {"train": config.data.train, "evaluation": config.data.evaluation}
@@ -243,12 +318,20 @@ def _prompt_sources(config: Config, phase: Phase) -> dict[str, PromptSource]:
         for split, chosen in files.items()
         if chosen
     }
+    log = logging.getLogger("megatron_cppo")
+    if "evaluation" in sources:
+        with phase("decode evaluation", len(sources["evaluation"]) // config.trainer.num_gpus) as advance:
+            leave_out_damaged(sources["evaluation"], group=group, advance=advance)
     for split, source in sources.items():
-        logging.getLogger("megatron_cppo").info("%s: %d rows, dropped %s", split, len(source), source.dropped or "none")
+        log.info("%s: %d rows, dropped %s", split, len(source), source.dropped or "none")
+    for file in {*map(os.path.realpath, config.data.train)} & {*map(os.path.realpath, config.data.evaluation)}:
+        log.warning("data.evaluation: %s is trained on, too: the evaluation does not say what was learned", file)
     return sources
 
 
-def _evaluation(config: Config, sources: dict[str, PromptSource], engine: Engine, reward: Reward) -> Evaluation | None:
+def _evaluation(
+    config: Config, sources: dict[str, PromptSource], engine: Engine, reward: Reward, watch: Watch
+) -> Evaluation | None:
     from megatron_cppo.evaluate import Evaluation
 
     if "evaluation" not in sources:
@@ -257,16 +340,23 @@ def _evaluation(config: Config, sources: dict[str, PromptSource], engine: Engine
     return Evaluation(
         prompts=tuple(source.take(0, len(source))),
         generate=lambda prompts: engine.generate(
-            prompts, samples_per_prompt=trainer.evaluation_samples, temperature=trainer.evaluation_temperature
+            prompts,
+            samples_per_prompt=trainer.evaluation_samples,
+            temperature=trainer.evaluation_temperature,
+            advance=lambda _: watch.advance(),
         ),
         grade=reward,
         portion=max(1, config.rollout.max_sequences * config.trainer.num_gpus // trainer.evaluation_samples),
     )
 
 
-def _log_to(run_dir: Path, rank: int) -> None:
+def _logs(config: Config) -> Path:
+    """Where the ranks of this start write their logs; a replay leaves those of the run alone."""
+    return Path(config.debug.replay or config.trainer.run_dir) / "logs"
+
+
+def _log_to(folder: Path, rank: int) -> None:
     """Rank 0 speaks on stderr; every rank writes its own file. Libraries' warnings go there too, and only there."""
-    folder = run_dir / "logs"
     folder.mkdir(parents=True, exist_ok=True)
     handlers: list[logging.Handler] = [logging.FileHandler(folder / f"rank{rank}.log")]
     if rank == 0:

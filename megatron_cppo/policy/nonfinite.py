@@ -1,0 +1,257 @@
+"""Where an update stops being finite: its passes once more, looked at by hooks, and nothing applied.
+
+Owns what is looked at on a rank, and the exchange of what was found. Must not know where batch and weights come from.
+Modules and parameters are named like the weights of the Hugging Face folder; a module without weights by
+Megatron-Core's name, with the layer's number in the whole model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_cppo.policy import step, weights
+from megatron_cppo.policy.model import VisionLanguageModel
+from megatron_cppo.policy.policy import Policy
+from megatron_cppo.types import Batch
+
+SHOWN_PARAMETERS = 4
+_LAYER = re.compile(r"(language_model\.decoder\.layers\.)(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class RowFinding:
+    """One packed row: (replica, row) and what its samples' tokens came to.
+
+    `samples` counts within the step; `images` are "row 17 image 0 (original, removing)". `max_logp` is the largest
+    |log-prob|, of the finite ones, and `num_not_finite` counts the others, by what they are: those that the update was
+    given ("given old log-probs") and those that it computed.
+    """
+
+    replica: int
+    row: int
+    samples: tuple[int, ...]
+    images: tuple[str, ...]
+    loss: float
+    max_logp: float
+    max_entropy: float
+    num_not_finite: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The first module of a rank whose output was not finite in a row, or the parameters whose gradient was not.
+
+    `started_here`: what the module got was still finite. Parameters are in the order in which backward came to them.
+    """
+
+    rank: int
+    replica: int
+    row: int
+    names: tuple[str, ...]
+    started_here: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one update came to, on all ranks."""
+
+    update: int
+    loss: float
+    grad_norm: float
+    rows: tuple[RowFinding, ...]
+    weights: tuple[str, ...]
+    modules: tuple[Place, ...]
+    gradients: tuple[Place, ...]
+    reduced_gradients: tuple[str, ...]
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+class _Watched:
+    """What the hooks of one rank saw: per row, the first module, and the parameters whose gradient is not finite."""
+
+    def __init__(self, num_rows: int) -> None:
+        self._num_rows = num_rows
+        self._started = 0
+        self._inside = False
+        self.backward_row = 0
+        self.modules: dict[int, tuple[str, bool]] = {}
+        self.gradients: dict[int, list[str]] = {}
+
+    def start_row(self, *_: Any) -> None:
+        self._started += 1
+        self._inside = True
+
+    def end_row(self, _module: Any, _inputs: Any, output: Tensor) -> None:
+        self._inside = False
+        if output.requires_grad:
+            output.register_hook(partial(self._start_backward, (self._started - 1) % self._num_rows))
+
+    def _start_backward(self, row: int, _: Tensor) -> None:
+        self.backward_row = row
+
+    def see_output(self, name: str, _module: Any, inputs: Any, kwargs: Any, output: Any) -> None:
+        row = (self._started - 1) % self._num_rows
+        # Activations that are computed again in backward were seen before.
+        if self._inside and row not in self.modules and not _finite(output):
+            self.modules[row] = (name, _finite(inputs) and _finite(kwargs))
+
+    def see_gradient(self, name: str, gradient: Tensor) -> None:
+        if not bool(gradient.isfinite().all()):
+            self.gradients.setdefault(self.backward_row, []).append(name)
+
+
+def examine(policy: Policy, batch: Batch, update: int, advance: Callable[[int], None] = step.ignore) -> Finding:
+    """Compute update `update` of the scored `batch` without applying it. Called by all ranks; all get the finding.
+
+    The weights must be those that the update is to see; afterwards they are as they were.
+    """
+    trained, groups = policy.trained, policy.groups
+    mini = batch.updates[update]
+    rows = mini.microbatches[groups.data_rank]
+    with _hooks(trained.model, len(rows)) as watched:
+        kept = step.gradients(trained, batch, mini, policy._settings, advance)
+    trained.optimizer.prepare_grads()
+    grad_norm = float(trained.optimizer.get_grad_norm())
+    found_rows = groups.from_last_stages(
+        [_row_finding(groups.data_rank, i, row, outcome, batch) for i, (row, outcome) in enumerate(kept)]
+    )
+    rank, replica = dist.get_rank(), groups.data_rank
+    mine = {
+        "weights": [n for n, p in _named_parameters(trained.model) if not bool(p.isfinite().all())],
+        "modules": [Place(rank, replica, row, (n,), here) for row, (n, here) in sorted(watched.modules.items())],
+        "gradients": [
+            Place(rank, replica, row, tuple(names[:SHOWN_PARAMETERS])) for row, names in watched.gradients.items()
+        ],
+        "reduced": [n for n, p in _named_parameters(trained.model) if _bad_gradient(p)],
+    }
+    every: list[Any] = [None] * groups.world.size()
+    dist.all_gather_object(every, mine, group=groups.world)
+    flat = tuple(finding for part in found_rows for finding in part)
+    return Finding(
+        update=update,
+        loss=sum(finding.loss for finding in flat),
+        grad_norm=grad_norm,
+        rows=flat,
+        weights=_united(part["weights"] for part in every),
+        modules=tuple(place for part in every for place in part["modules"]),
+        gradients=tuple(place for part in every for place in part["gradients"]),
+        reduced_gradients=_united(part["reduced"] for part in every),
+    )
+
+
+@contextmanager
+def _hooks(model: VisionLanguageModel, num_rows: int) -> Iterator[_Watched]:
+    watched = _Watched(num_rows)
+    names = _module_names(model)
+    handles: list[Any] = [
+        module.register_forward_hook(partial(watched.see_output, names[name]), with_kwargs=True)
+        for name, module in model.named_modules()
+        if name
+    ]
+    # Before and after those of the modules inside.
+    handles.append(model.register_forward_pre_hook(watched.start_row))
+    handles.append(model.register_forward_hook(watched.end_row))
+    handles += [
+        parameter.register_hook(partial(watched.see_gradient, name))
+        for name, parameter in _named_parameters(model)
+        if parameter.requires_grad
+    ]
+    try:
+        yield watched
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _named_parameters(model: VisionLanguageModel) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter with the names of the Hugging Face tensors that it is made of."""
+    return ((" + ".join(binding.hf_names), binding.parameter) for binding in weights.bindings(model))
+
+
+def _module_names(model: VisionLanguageModel) -> dict[str, str]:
+    """What each module is called: by the Hugging Face tensors of its own weights, where it has some."""
+    layers = model.language_model.decoder.layers
+    hf_names = {id(binding.parameter): binding.hf_names for binding in weights.bindings(model)}
+    names = {}
+    for name, module in model.named_modules():
+        own = [hf for parameter in module.parameters(recurse=False) for hf in hf_names.get(id(parameter), ())]
+        stems = dict.fromkeys(hf.rpartition(".")[0] or hf for hf in own)
+        names[name] = " + ".join(stems) or _LAYER.sub(
+            lambda match: f"{match[1]}{layers[int(match[2])].layer_number - 1}", name
+        )
+    return names
+
+
+def _row_finding(replica: int, number: int, row: Any, outcome: Any, batch: Batch) -> RowFinding:
+    samples = [i for i in row.sample_ids if i >= 0]
+    given = {"given old log-probs": batch.old_logp, "given reference log-probs": batch.reference_logp}
+    values = {name: [scores[i] for i in samples] for name, scores in given.items() if scores is not None}
+    values["given advantages"] = [torch.tensor([batch.samples[i].advantage for i in samples])]
+    values["log-probs"], values["entropies"] = [outcome.logp_N], [outcome.entropy_N]
+    if outcome.entropy_removing_N is not None:
+        values["entropies of the removing view"] = [outcome.entropy_removing_N[row.rows_removing_N >= 0]]
+    bad = {name: sum(int((~part.isfinite()).sum()) for part in parts) for name, parts in values.items()}
+    views: dict[tuple[int, int], list[str]] = {}
+    for key in row.images:
+        views.setdefault((key.row, key.index), []).append(key.view)
+    return RowFinding(
+        replica=replica,
+        row=number,
+        samples=tuple(samples),
+        images=tuple(f"row {row} image {index} ({', '.join(seen)})" for (row, index), seen in views.items()),
+        loss=float(outcome.loss),
+        max_logp=_largest(outcome.logp_N),
+        max_entropy=_largest(outcome.entropy_N),
+        num_not_finite={name: count for name, count in bad.items() if count},
+    )
+
+
+def _largest(values: Tensor) -> float:
+    finite = values[values.isfinite()].abs()
+    return float(finite.max()) if finite.numel() else math.nan
+
+
+def _bad_gradient(parameter: Any) -> bool:
+    return parameter.requires_grad and not bool(parameter.main_grad.isfinite().all())
+
+
+def _finite(value: Any) -> bool:
+    """Whether every number in a tensor, or in the tensors of nested tuples, lists and dicts, is finite."""
+    if isinstance(value, Tensor):
+        return not value.is_floating_point() or bool(value.isfinite().all())
+    if isinstance(value, dict):
+        return all(_finite(part) for part in value.values())
+    if isinstance(value, list | tuple):
+        return all(_finite(part) for part in value)
+    return True
+
+
+def _united(parts: Iterator[list[str]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for part in parts for name in part))
+
+
+def as_dict(finding: Finding) -> dict[str, Any]:
+    """For JSON, where numbers that are not finite are text."""
+    return _plain(dataclasses.asdict(finding))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
