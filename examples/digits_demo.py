@@ -18,6 +18,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from megatron_cppo import config as configuration
 from megatron_cppo import train
@@ -36,7 +37,7 @@ from megatron_cppo.config import (
 RUN_DIR = Path("runs/digits")
 WARM_STEPS = 150
 STEPS = 70
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "TP1": {},
     "TP2": {"tensor_parallel": 2},
     "DP2": {},
