@@ -123,7 +123,7 @@ def examine(policy: Policy, batch: Batch, update: int, advance: Callable[[int], 
     mini = batch.updates[update]
     rows = mini.microbatches[groups.data_rank]
     with _hooks(trained.model, len(rows)) as watched:
-        kept = step.gradients(trained, batch, mini, policy._settings, advance)
+        kept = step.gradients(trained, batch, mini, policy.settings, advance)
     trained.optimizer.prepare_grads()
     grad_norm = float(trained.optimizer.get_grad_norm())
     found_rows = groups.from_last_stages(

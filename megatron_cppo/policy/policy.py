@@ -42,7 +42,7 @@ class Policy:
             device=device,
         )
         self.trained.model.config.finalize_model_grads_func = step.finalize_gradients(self.groups)
-        self._settings = step.LossSettings(
+        self.settings = step.LossSettings(
             objective=OBJECTIVES[config.algorithm.objective],
             algorithm=config.algorithm,
             perception=config.perception,
@@ -65,7 +65,7 @@ class Policy:
 
         `advance(n)` hears of n more packed rows of this rank, in each pass.
         """
-        scores = partial(step.score, self.trained, batch, head=self._settings.head, advance=advance)
+        scores = partial(step.score, self.trained, batch, head=self.settings.head, advance=advance)
         if old:
             batch = dataclasses.replace(batch, old_logp=scores())
         if reference and self._reference is not None:
@@ -83,7 +83,7 @@ class Policy:
         self._seen = []
         every = []
         for mini in batch.updates:
-            metrics, seen = step.update(self.trained, batch, mini, self._settings, advance)
+            metrics, seen = step.update(self.trained, batch, mini, self.settings, advance)
             every.append(metrics)
             self._seen += seen
         self.skipped = tuple(i for i, metrics in enumerate(every) if metrics["optim/skipped_updates"])
