@@ -127,7 +127,9 @@ def _start(run: Run) -> tuple[int, int]:
 
     Returns the last finished step, and how many updates were skipped in a row up to its end.
     """
-    progress = run.policy.restore(_checkpoints(run))
+    with run.log.phase("restore", 1) as advance:
+        progress = run.policy.restore(_checkpoints(run))
+        advance(1)
     step = progress["step"] if progress else 0
     run.log.resume(step)
     run.engine.load_weights(run.policy.weights(), version=step)
@@ -291,7 +293,9 @@ def _finish(run: Run) -> None:
 
 def _export(run: Run) -> None:
     if run.config.trainer.export:
-        run.policy.export(Path(run.config.trainer.run_dir) / "export")
+        with run.log.phase("export", 1) as advance:
+            run.policy.export(Path(run.config.trainer.run_dir) / "export")
+            advance(1)
 
 
 def _checkpoints(run: Run) -> Path:

@@ -91,10 +91,16 @@ def _task(environment: Mapping[str, str], plan: Plan) -> launch.Task:
     absent = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
     if absent:
         raise ConfigError(f"RANK is set, but not {', '.join(absent)}; set them, or unset RANK to start all ranks here")
-    world = int(environment["WORLD_SIZE"])
+    numbers = ("RANK", "WORLD_SIZE", "MASTER_PORT")
+    wrong = [f"{name}={environment[name]!r}" for name in numbers if not environment[name].isdecimal()]
+    if wrong:
+        raise ConfigError(f"{', '.join(wrong)}: must be numbers; set them, or unset RANK to start all ranks here")
+    rank, world, port = (int(environment[name]) for name in numbers)
+    if rank >= world:
+        raise ConfigError(f"RANK is {rank}, but WORLD_SIZE {world}; ranks count from 0")
     if world != plan.num_ranks:
         raise ConfigError(f"trainer.num_gpus is {plan.num_ranks}, but {world} ranks were started; make them equal")
-    return launch.Task(int(environment["RANK"]), world, environment["MASTER_ADDR"], int(environment["MASTER_PORT"]))
+    return launch.Task(rank, world, environment["MASTER_ADDR"], port)
 
 
 def check_all(config: Config) -> Plan:
@@ -170,7 +176,7 @@ def run_rank(config: Config, plan: Plan, watch: Watch) -> int:
     from megatron_cppo.loop import loop_of
     from megatron_cppo.policy import platform
 
-    os.register_at_fork(after_in_child=ranks.die_with_parent)  # writers of a checkpoint are forks of this process
+    os.register_at_fork(after_in_child=ranks.die_with_parent)  # whatever a library forks here
     rank = int(os.environ["RANK"])
     _log_to(_logs(config), rank)
     if config.policy.device == "cuda":

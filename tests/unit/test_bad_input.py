@@ -533,6 +533,16 @@ def test_a_reward_whose_module_raises(
             {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
             ("trainer.num_gpus is 1, but 3 ranks were started; make them equal",),
         ),
+        (
+            "a rank that is no number",
+            {"RANK": "zero", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+            ("RANK='zero': must be numbers; set them, or unset RANK to start all ranks here",),
+        ),
+        (
+            "a rank beyond its world",
+            {"RANK": "1", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+            ("RANK is 1, but WORLD_SIZE 1; ranks count from 0",),
+        ),
         ("a rank without its world", {"RANK": "0"}, ("RANK is set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT",)),
     ],
 )
