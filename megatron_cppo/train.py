@@ -168,6 +168,24 @@ def _show(config: Config, plan: Plan) -> None:
     sys.stdout.write("\n".join([*lines, "plan", describe(plan), "no problems"]) + "\n")
 
 
+def join_ranks(device: str, *, timeout: timedelta = TIMEOUT) -> None:
+    """Set up torch.distributed among the ranks that the launcher started; rank 0 was given the store's socket."""
+    import torch.distributed as dist
+
+    from megatron_cppo.policy import platform
+
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world,
+        is_master=rank == 0,
+        timeout=TIMEOUT,
+        master_listen_fd=int(os.environ[launch.STORE]) if rank == 0 else None,
+    )
+    dist.init_process_group(platform.backend(device), store=store, rank=rank, world_size=world, timeout=timeout)
+
+
 def run_rank(config: Config, plan: Plan, watch: Watch) -> int:
     """One rank, from its environment to the end of its loop. Raises UserError."""
     import torch
@@ -184,17 +202,8 @@ def run_rank(config: Config, plan: Plan, watch: Watch) -> int:
     platform.activate(config.policy.device)
     watch.enter(0, "rendezvous")
     # A hang is to be named by the launcher, before a collective gives up.
-    timeout = max(TIMEOUT, timedelta(minutes=min(config.trainer.hang_minutes, 1e6) + 10))
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        plan.num_ranks,
-        is_master=rank == 0,
-        timeout=TIMEOUT,
-        master_listen_fd=int(os.environ[launch.STORE]) if rank == 0 else None,
-    )
-    dist.init_process_group(
-        platform.backend(config.policy.device), store=store, rank=rank, world_size=plan.num_ranks, timeout=timeout
+    join_ranks(
+        config.policy.device, timeout=max(TIMEOUT, timedelta(minutes=min(config.trainer.hang_minutes, 1e6) + 10))
     )
     watch.enter(0, "build")
     # Not to be undone after an error: the other ranks may be in a collective, and closing would wait for them.

@@ -32,11 +32,11 @@ def answer_as_trained(config: Config, num_prompts: int, output: Path) -> None:
 
     from megatron_cppo.data.packing import build_batch
     from megatron_cppo.policy import platform
-    from megatron_cppo.train import build_run
+    from megatron_cppo.train import build_run, join_ranks
 
     quiet_libraries(logging.NullHandler())
     platform.activate(config.policy.device)
-    dist.init_process_group(platform.backend(config.policy.device))
+    join_ranks(config.policy.device)
     plan = resolve(config)
     with build_run(config, plan) as run:
         progress = run.policy.restore(Path(config.trainer.run_dir) / "checkpoints")
