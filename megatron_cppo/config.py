@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -206,7 +207,7 @@ class TrainerConfig:
     """What to do when a checkpoint cannot be written (a full disk): stop, or go on and count it."""
     max_skipped_updates: int = 3
     """An update whose loss or gradient is not finite is skipped on all ranks, and its batch saved to run_dir/skipped;
-    the run stops when this many in a row were."""
+    the run stops when, at the end of a step, this many in a row were."""
     hang_minutes: float = 20.0
     """A rank that makes no progress for this long is named, every rank's stack is shown, and the run ends; 0: never."""
     export: bool = True
@@ -259,6 +260,40 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
+
+
+def type_problems(config: Config) -> list[str]:
+    """Values of another type than their field's, or none of its choices; a Python recipe may give anything."""
+    problems = []
+    for section in dataclasses.fields(config):
+        fields = getattr(config, section.name)
+        kind = typing.get_type_hints(Config)[section.name]
+        if not isinstance(fields, kind):
+            problems.append(f"{section.name}: must be a {kind.__name__}, got {fields!r}")
+            continue
+        for name, wanted in typing.get_type_hints(kind).items():
+            value = getattr(fields, name)
+            if not _is(value, wanted):
+                problems.append(f"{section.name}.{name}: must be {_words(wanted)}, got {value!r}")
+    return problems
+
+
+def _is(value: object, wanted: Any) -> bool:
+    if typing.get_origin(wanted) is Literal:
+        return value in typing.get_args(wanted)
+    if typing.get_origin(wanted) is tuple:
+        return isinstance(value, tuple) and all(_is(item, typing.get_args(wanted)[0]) for item in value)
+    if wanted is bool or isinstance(value, bool):
+        return wanted is bool and isinstance(value, bool)
+    return isinstance(value, (int, float) if wanted is float else wanted)
+
+
+def _words(wanted: Any) -> str:
+    if typing.get_origin(wanted) is Literal:
+        return f"one of {', '.join(map(repr, typing.get_args(wanted)))}"
+    if typing.get_origin(wanted) is tuple:
+        return f"a tuple, each item {_words(typing.get_args(wanted)[0])}"
+    return {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}[wanted]
 
 
 def save(config: Config, path: Path) -> None:

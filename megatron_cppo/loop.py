@@ -227,12 +227,17 @@ def _after_update(run: Run, step: int, groups: Sequence[Group], batch: Batch, be
             *(which, in_a_row, trainer.max_skipped_updates, folder),
         )
         return in_a_row
-    run.policy.save(folder / CHECKPOINT, at_step=step, progress={"skipped_in_a_row": in_a_row}, keep=1)
+    unsaved = ""
+    try:
+        run.policy.save(folder / CHECKPOINT, at_step=step, progress={"skipped_in_a_row": in_a_row}, keep=1)
+    except SaveError as error:
+        unsaved = f"\nthe weights that they saw could not be kept: {error}"
     raise NonFiniteError(
         f"{which} skipped, as loss or gradient is not finite: {in_a_row} in a row, and trainer.max_skipped_updates is "
         f"{trainer.max_skipped_updates}\n"
         f"fix: --debug.replay {folder} (with the same recipe) shows where it stops being finite; then lower "
         "optimizer.learning_rate, or mend the data or the model; the same command resumes from the last checkpoint"
+        + unsaved
     )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_cppo import architecture
 from megatron_cppo.architecture import ModelShape
-from megatron_cppo.config import Config, ConfigError, PolicyConfig
+from megatron_cppo.config import Config, ConfigError, PolicyConfig, type_problems
 
 BYTES = {"fp32": 4, "bf16": 2}
 PARQUET = b"PAR1"
@@ -66,7 +66,9 @@ def nearest_divisor(number: int, wanted: int) -> int:
 
 def resolve(config: Config) -> Plan:
     """Derive the plan of `config`. Raises one ConfigError that lists every problem."""
-    problems: list[str] = []
+    problems = type_problems(config)
+    if problems:  # nothing can be compared
+        raise ConfigError("\n".join(f"  {number}. {text}" for number, text in enumerate(problems, 1)))
     shape = None
     try:
         shape = architecture.read(config.model.path)

@@ -141,9 +141,9 @@ def _dtypes(path: Path) -> dict[str, str]:
         raise ValueError("its header is no JSON object")
     header.pop("__metadata__", None)
     try:
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
         dtypes = {name: str(entry["dtype"]) for name, entry in header.items()}
-    except (TypeError, KeyError, IndexError) as error:
+    except (TypeError, ValueError, KeyError, IndexError) as error:
         raise ValueError(f"its header has an entry without {error}") from error
     if size != 8 + length + end:
         raise ValueError(f"{size} bytes, its header says {8 + length + end}")

@@ -24,7 +24,7 @@ from megatron_cppo.plan import Plan
 from megatron_cppo.policy.checkpoint_files import published
 from megatron_cppo.policy.nonfinite import Finding, Place, RowFinding, as_dict, examine
 from megatron_cppo.policy.policy import Policy
-from megatron_cppo.saved import CHECKPOINT, FindPrompt, Scores, SkippedStep, read_skipped
+from megatron_cppo.saved import CHECKPOINT, FindPrompt, SavedError, Scores, SkippedStep, read_skipped
 from megatron_cppo.types import Batch
 
 REPORT = "replay.json"
@@ -58,6 +58,12 @@ def replay(
     """
     folder = Path(config.debug.replay)
     step = read_skipped(folder, find=find, vocab_size=plan.shape.vocab_size)
+    asked = (config.trainer.updates_per_step, config.trainer.seed)
+    if (step.num_updates, step.seed) != asked:
+        raise SavedError(
+            f"{folder} is of a run with trainer.updates_per_step {step.num_updates} and trainer.seed {step.seed}, the "
+            f"config has {asked[0]} and {asked[1]}; replay it with the recipe of its run"
+        )
     weights = _restore(policy, folder, Path(config.trainer.run_dir) / "checkpoints", step)
     batch = _batch(config, plan, step)
     findings = []
@@ -99,10 +105,12 @@ def _alone(checkpoint: Path, folder: Path) -> Iterator[Path]:
         folder.mkdir()
         (folder / checkpoint.name).symlink_to(checkpoint.resolve(), target_is_directory=True)
     dist.barrier()
-    yield folder
-    dist.barrier()
-    if dist.get_rank() == 0:
-        shutil.rmtree(folder)
+    try:
+        yield folder
+        dist.barrier()
+    finally:
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _batch(config: Config, plan: Plan, step: SkippedStep) -> Batch:

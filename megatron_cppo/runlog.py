@@ -17,6 +17,7 @@ JSON knows no NaN: such numbers are written as the strings "nan", "inf" and "-in
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import functools
@@ -34,7 +35,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_cppo.config import Config, ConfigError
+from megatron_cppo.config import Config, ConfigError, UserError
 from megatron_cppo.progress import Progress, brief, duration
 from megatron_cppo.types import ImageKey, Sample, SampleStatistics
 from megatron_cppo.watchdog import Watch
@@ -53,6 +54,10 @@ SHOWN = (
     ("len", "response/length"),
     ("masked", "perception/masked_share"),
 )
+
+
+class LogError(UserError):
+    """A file of the run folder that cannot be written."""
 
 
 class StepRecord:
@@ -206,7 +211,11 @@ class RunLog:
         if not self._writes:
             return
         path = self.run_dir / "failures.jsonl"
-        _append(path, json.dumps({"step": step, "what": what, "text": text}))
+        try:
+            _append(path, json.dumps({"step": step, "what": what, "text": text}))
+        except LogError as error:  # the disk that refused the checkpoint, perhaps
+            LOG.warning("step %d/%d  %s; not counted, as %s", step, self._total_steps, text, error)
+            return
         count = sum(line["what"] == what for line in read_lines(path))
         LOG.warning("step %d/%d  %s (%s failures so far: %d)", step, self._total_steps, text, what, count)
 
@@ -244,7 +253,8 @@ class RunLog:
     def _status(self, step: int, phase: str) -> None:
         self.watch.enter(step, phase)
         if self._writes:
-            _replace(self.run_dir / "status.json", [json.dumps({"step": step, "phase": phase})])
+            with contextlib.suppress(LogError):  # nothing depends on it
+                _replace(self.run_dir / "status.json", [json.dumps({"step": step, "phase": phase})])
 
     def _write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         line = {"step": step} | {name: _plain(value) for name, value in metrics.items()}
@@ -363,8 +373,10 @@ def refuse_other_config(run_dir: Path, config: Config) -> None:
         return
     try:
         saved = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ConfigError(f"{path} is not JSON ({error}); fix: delete it, or choose another trainer.run_dir") from error
+    if not isinstance(saved, dict) or not all(isinstance(fields, dict) for fields in saved.values()):
+        raise ConfigError(f"{path} is no saved config; fix: delete it, or choose another trainer.run_dir")
     there, here = _flat(saved), _flat(json.loads(json.dumps(dataclasses.asdict(config))))
     names = sorted(there.keys() | here.keys())
     differing = [name for name in names if name not in CHANGES_NO_NUMBER and there.get(name) != here.get(name)]
@@ -423,16 +435,29 @@ def _start_wandb(wandb: Any, project: str, run_dir: Path, config: Config) -> Any
     return run
 
 
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn a refusal of the disk into a LogError: steps whose numbers are not kept must not go on."""
+    try:
+        yield
+    except OSError as error:
+        raise LogError(
+            f"{path} cannot be written ({error.strerror}); make room there (or mend what is refused) and start the "
+            "same command again: it goes on from the newest checkpoint"
+        ) from error
+
+
 def _append(path: Path, line: str) -> None:
-    with path.open("a") as file:
+    with _writing(path), path.open("a") as file:
         file.write(line + "\n")
 
 
 def _replace(path: Path, lines: Sequence[str]) -> None:
     """Write a whole file in one go: a reader, or a killed run, sees the old one or the new one."""
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(line + "\n" for line in lines))
-    partial.replace(path)
+    with _writing(path):
+        partial.write_text("".join(line + "\n" for line in lines))
+        partial.replace(path)
 
 
 def _plain(value: float) -> float | str:

@@ -100,7 +100,9 @@ class Writer:
         _publish(partial / SKIPPED, iter([json.dumps(told)]))
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-        for old in sorted(folder.parent.glob("step_*"), key=lambda path: int(path.name[5:]))[:-KEPT_SKIPPED_STEPS]:
+        # By age, not by step: a run may have gone back.
+        others = [path for path in folder.parent.glob("step_*") if path != folder]
+        for old in sorted(others, key=lambda path: path.stat().st_mtime)[: 1 - KEPT_SKIPPED_STEPS]:
             shutil.rmtree(old)
         return folder
 

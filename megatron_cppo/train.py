@@ -73,7 +73,7 @@ def _launch(words: Sequence[str], config: Config, plan: Plan) -> int:
     """Start the ranks and wait for their end: all of them, or the one that a scheduler wants of this process."""
     environment, task = dict(os.environ), None
     if "RANK" in environment:
-        task = _task(environment, plan)
+        task = _task(environment, plan, config.policy.device)
     elif config.policy.device == "cpu":
         threads = max(1, (os.cpu_count() or 1) // config.trainer.num_gpus)
         environment = launch.loopback_interface() | {"OMP_NUM_THREADS": str(threads)} | environment
@@ -87,15 +87,16 @@ def _launch(words: Sequence[str], config: Config, plan: Plan) -> int:
     )
 
 
-def _task(environment: Mapping[str, str], plan: Plan) -> launch.Task:
-    absent = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
+def _task(environment: Mapping[str, str], plan: Plan, device: str) -> launch.Task:
+    local = ("LOCAL_RANK",) if device == "cuda" else ()
+    absent = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", *local) if name not in environment]
     if absent:
         raise ConfigError(f"RANK is set, but not {', '.join(absent)}; set them, or unset RANK to start all ranks here")
-    numbers = ("RANK", "WORLD_SIZE", "MASTER_PORT")
+    numbers = ("RANK", "WORLD_SIZE", "MASTER_PORT", *local)
     wrong = [f"{name}={environment[name]!r}" for name in numbers if not environment[name].isdecimal()]
     if wrong:
         raise ConfigError(f"{', '.join(wrong)}: must be numbers; set them, or unset RANK to start all ranks here")
-    rank, world, port = (int(environment[name]) for name in numbers)
+    rank, world, port = (int(environment[name]) for name in numbers[:3])
     if rank >= world:
         raise ConfigError(f"RANK is {rank}, but WORLD_SIZE {world}; ranks count from 0")
     if world != plan.num_ranks:
@@ -186,6 +187,26 @@ def join_ranks(device: str, *, timeout: timedelta = TIMEOUT) -> None:
     dist.init_process_group(platform.backend(device), store=store, rank=rank, world_size=world, timeout=timeout)
 
 
+def refuse_differing(config: Config) -> None:
+    """Raise the same ConfigError on all ranks unless all have the same config: each has run the recipe itself."""
+    import torch.distributed as dist
+
+    mine = {
+        f"{section}.{name}": value
+        for section, fields in dataclasses.asdict(config).items()
+        for name, value in fields.items()
+    }
+    every: list[dict[str, object]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(every, mine)
+    differing = [name for name in mine if any(other[name] != every[0][name] for other in every)]
+    if differing:
+        told = "; ".join(f"{name}: {' or '.join(sorted({repr(o[name]) for o in every}))}" for name in differing)
+        raise ConfigError(
+            f"the recipe gave the ranks different configs: {told}; it is run by every rank, so let it not depend on "
+            "time, process or machine"
+        )
+
+
 def run_rank(config: Config, plan: Plan, watch: Watch) -> int:
     """One rank, from its environment to the end of its loop. Raises UserError."""
     import torch
@@ -205,6 +226,7 @@ def run_rank(config: Config, plan: Plan, watch: Watch) -> int:
     join_ranks(
         config.policy.device, timeout=max(TIMEOUT, timedelta(minutes=min(config.trainer.hang_minutes, 1e6) + 10))
     )
+    refuse_differing(config)
     watch.enter(0, "build")
     # Not to be undone after an error: the other ranks may be in a collective, and closing would wait for them.
     if config.debug.replay:

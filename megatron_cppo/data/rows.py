@@ -110,7 +110,9 @@ class Rows:
         file = self._files[number]
         group, offset = file.locate(local)
         table = self._groups.get((number, group), lambda: file.read_group(group))
-        return file.row(table.slice(offset, 1).to_pylist()[0], index)
+        with _reading(file.path):
+            record = table.slice(offset, 1).to_pylist()[0]
+        return file.row(record, index)
 
     def where(self, index: int) -> str:
         """The file and the row within it, for messages."""
@@ -166,9 +168,10 @@ class _ParquetRows:
         while True:
             with _reading(self.path):
                 batch = next(batches, None)
-            if batch is None:
+                records = None if batch is None else batch.to_pylist()
+            if records is None:
                 return
-            for record in batch.to_pylist():
+            for record in records:
                 yield self.row(record, index)
                 index += 1
 
@@ -189,7 +192,7 @@ def _reading(path: Path) -> Iterator[None]:
     """Turn what pyarrow raises on a missing or damaged file into a DataError that names it."""
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: cannot be read as parquet ({error}); check the path, or write the file again"
         ) from error

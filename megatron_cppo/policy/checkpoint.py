@@ -12,6 +12,7 @@ folders, `checkpoint_writer.py` the format.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import warnings
@@ -69,6 +70,11 @@ def save(trained: Trained, folder: Path, *, step: int, progress: dict[str, Any],
         }
 
     def publish(written: dict[str, Contents]) -> None:
+        # Another rank may have written elsewhere: into a folder of its own machine, or of another run_dir.
+        faults = [files.size_fault(partial / name, contents) for name, contents in written.items()]
+        if any(faults):
+            told = "; ".join(fault for fault in faults if fault)
+            raise OSError(errno.EIO, f"{told}: do all ranks see the same folder?", str(partial))
         files.write_manifest(partial, written)
         durable.publish(partial, final)
         files.prune(folder, keep=keep)

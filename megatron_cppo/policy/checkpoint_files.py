@@ -38,6 +38,10 @@ class CheckpointError(UserError):
     """There are checkpoints, and none that can be used."""
 
 
+# What a file system says of a file whose contents are lost; other refusals (permissions) say nothing of them.
+_OF_CONTENTS = (errno.EIO,)
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A published checkpoint before it is verified: what its manifest promises, or why that says nothing."""
@@ -102,13 +106,18 @@ def _candidate(path: Path) -> Candidate:
         return Candidate(path, {}, f"{MANIFEST} is missing")
     except NotADirectoryError:
         return Candidate(path, {}, "it is a file, not a folder")
+    except OSError as error:
+        if error.errno not in _OF_CONTENTS:
+            raise
+        return Candidate(path, {}, f"{MANIFEST} cannot be read ({error.strerror})")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         return Candidate(path, {}, f"{MANIFEST} cannot be read ({error!r})")
-    faults = [_size_fault(path / name, contents) for name, contents in files.items()]
+    faults = [size_fault(path / name, contents) for name, contents in files.items()]
     return Candidate(path, files, "; ".join(fault for fault in faults if fault))
 
 
-def _size_fault(path: Path, promised: Contents) -> str:
+def size_fault(path: Path, promised: Contents) -> str:
+    """What is wrong with a file, without reading it."""
     try:
         size = path.stat().st_size
     except FileNotFoundError:
@@ -124,7 +133,7 @@ def find_fault(path: Path, promised: Contents) -> str:
     try:
         found = durable.read_contents(path)
     except OSError as error:
-        if error.errno not in (errno.EIO, errno.ENOENT):
+        if error.errno not in (*_OF_CONTENTS, errno.ENOENT):
             raise
         return f"{path.name} cannot be read ({error.strerror})"
     if found.size != promised.size:
@@ -152,7 +161,11 @@ def prune(folder: Path, *, keep: int) -> None:
 
     It is renamed first, so that no part of one is ever seen under its name. What cannot be deleted is warned of.
     """
-    sound = [candidate.path for candidate in survey(folder) if not candidate.fault]
+    try:
+        sound = [candidate.path for candidate in survey(folder) if not candidate.fault]
+    except OSError as error:  # the new one is published: nothing of it failed
+        log.warning("the old checkpoints of %s could not be looked at: %s", folder, error)
+        return
     for path in sound[keep:]:
         try:
             doomed = path.with_name(_DELETED + path.name)

@@ -68,29 +68,26 @@ def _compare_names(wanted: set[str], found: set[str], folder: str) -> None:
 
 
 def _read_shard(binding: Binding, reader: Reader, model: VisionLanguageModel) -> Tensor:
+    """This rank's shard of a parameter. Raises ConfigError when a tensor has not the size that the model needs."""
     rule, group = binding.rule, model.groups.tensor
     pieces = []
-    for name in binding.hf_names:
+    for name, size in whole_shapes(binding, shape=model.shape, num_ranks=group.size()):
+        found = tuple(reader.shape(name))
+        if found != size:
+            raise ConfigError(f"{name} is {found}, the model of its config.json needs {size}")
         if rule.axis is None:
             pieces.append(reader.read(name))
             continue
-        size = reader.shape(name)[rule.axis]
         if rule.vocab:
             padded = binding.parameter.shape[0] * group.size()
-            start, stop, padding = vocabulary_rows(size, rank=group.rank(), num_ranks=group.size(), padded_rows=padded)
+            start, stop, padding = vocabulary_rows(
+                size[0], rank=group.rank(), num_ranks=group.size(), padded_rows=padded
+            )
             pieces.append(pad_rows(reader.read(name, axis=0, start=start, stop=stop), padding))
             continue
-        if size % group.size():
-            raise ConfigError(f"{name} has size {size}, not divisible by TP {group.size()}")
-        share = size // group.size()
+        share = size[rule.axis] // group.size()
         pieces.append(reader.read(name, axis=rule.axis, start=group.rank() * share, stop=(group.rank() + 1) * share))
-    shard = rule.join(pieces, model.shape)
-    if shard.shape != binding.parameter.shape:
-        raise ConfigError(
-            f"{' + '.join(binding.hf_names)} make {tuple(shard.shape)}, the model of its config.json needs "
-            f"{tuple(binding.parameter.shape)} per rank"
-        )
-    return shard
+    return rule.join(pieces, model.shape)
 
 
 def stream(

@@ -240,6 +240,33 @@ def test_a_wrong_choice_is_one_problem_with_its_cure(name: str, good: Config) ->
     assert problems(changed(good, **fields)) == [said]
 
 
+def test_values_of_a_python_recipe_must_be_of_their_fields_types(good: Config) -> None:
+    """The command line's parser does not look at defaults, and a dataclass takes anything."""
+    wrong: dict[str, object] = {
+        "trainer__num_steps": "10",
+        "trainer__prompts_per_step": 2.5,
+        "trainer__num_gpus": True,
+        "trainer__export": 1,
+        "trainer__on_save_failure": "ignore",
+        "optimizer__learning_rate": None,
+        "data__train": "rows.parquet",
+        "policy__layers_per_stage": (1, "2"),
+    }
+    assert problems(changed(good, **wrong)) == [
+        "data.train: must be a tuple, each item a text, got 'rows.parquet'",
+        "policy.layers_per_stage: must be a tuple, each item a whole number, got (1, '2')",
+        "optimizer.learning_rate: must be a number, got None",
+        "trainer.num_gpus: must be a whole number, got True",
+        "trainer.num_steps: must be a whole number, got '10'",
+        "trainer.prompts_per_step: must be a whole number, got 2.5",
+        "trainer.on_save_failure: must be one of 'stop', 'continue', got 'ignore'",
+        "trainer.export: must be True or False, got 1",
+    ]
+    section: Any = None
+    assert problems(dataclasses.replace(good, data=section)) == ["data: must be a DataConfig, got None"]
+    assert plan.resolve(changed(good, optimizer__learning_rate=1)).num_ranks == 4
+
+
 def test_all_problems_come_at_once(good: Config) -> None:
     fields: dict[str, object] = {}
     for name in ("TP divides nothing", "capacity", "warm-up", "pixels", "missing rows", "dual clip", "top fraction"):
