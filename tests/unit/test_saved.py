@@ -156,6 +156,8 @@ def test_a_skipped_step_comes_back_equal_and_few_are_kept(tmp_path: Path) -> Non
         assert repr(read_skipped(folder, find=prompt_of, vocab_size=VOCAB)) == repr(skipped(step))
     names = sorted(path.name for path in (tmp_path / "skipped").iterdir())
     assert names == ["step_000999", "step_1000000", "step_999999"]
+    assert writer.skipped(skipped(5)).is_dir(), "a run that went back must keep what it saves now"
+    assert not (tmp_path / "skipped" / "step_000999").exists()
     (folder / "checkpoint").mkdir()
     assert writer.skipped(skipped(999_999, updates=(0, 1))) == folder
     assert not (folder / "checkpoint").exists(), "it belongs to the step's earlier attempt"
