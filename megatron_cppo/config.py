@@ -136,17 +136,28 @@ class PolicyConfig:
     """Ranks that share every layer (TP)."""
     sequence_parallel: bool = False
     """Split the activations between layers over the TP ranks (SP)."""
+    context_parallel: int = 1
+    """Ranks that share every sequence (CP), for long ones; any model and any other axis."""
     pipeline_parallel: int = 1
     """Stages (PP): the decoder's layers are cut over them; the vision tower is on the first, the head on the last."""
+    virtual_pipeline: int = 1
+    """Chunks of layers on each stage, interleaved (VPP): a smaller bubble for more messages. Needs several stages."""
     layers_per_stage: tuple[int, ...] = ()
-    """Decoder layers of each stage, first to last; empty: the same number on each. Fewer on the first and the last
-    make up for the vision tower and the head."""
+    """Decoder layers of each stage, first to last (of each chunk, in the order of the model, with virtual_pipeline);
+    empty: the same number on each. Fewer on the first and the last make up for the vision tower and the head."""
+    expert_parallel: int = 1
+    """Ranks that share the experts of a layer (EP), among those of TP x CP x DP; each expert is then whole on one."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Of parameters and activations; optimizer state and all statistics are fp32."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in backward: attention only, or whole layers."""
+    recompute_vision: bool = False
+    """Compute the vision tower's blocks again in backward."""
     max_tokens_per_microbatch: int = 8192
     """Capacity of one packed row, over all segments (samples and views)."""
+    oversized_samples: Literal["refuse", "drop"] = "refuse"
+    """When max_tokens_per_microbatch cannot hold every possible sample under all of its views: refuse the config, or
+    leave such samples out of the update and count them in data/oversized_samples."""
     distributed_optimizer: bool = True
     """Split the optimizer's state over the data-parallel ranks."""
     reference: Literal["device", "host"] = "device"

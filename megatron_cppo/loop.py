@@ -175,9 +175,7 @@ def plan_batch(config: Config, plan: Plan, groups: Sequence[Group], *, score: bo
         groups,
         views_for=OBJECTIVES[config.algorithm.objective].views_for,
         num_updates=config.trainer.updates_per_step,
-        data_parallel=plan.data_parallel,
-        max_tokens=plan.max_tokens_per_microbatch,
-        row_multiple=plan.row_multiple,
+        packing=plan.packing,
         score=score,
     )
 

@@ -13,9 +13,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_cppo import architecture
+from megatron_cppo import families, layout
 from megatron_cppo.architecture import ModelShape
-from megatron_cppo.config import Config, ConfigError, PolicyConfig, type_problems
+from megatron_cppo.config import Config, ConfigError, type_problems
+from megatron_cppo.layout import nearest_divisor
 
 BYTES = {"fp32": 4, "bf16": 2}
 PARQUET = b"PAR1"
@@ -34,34 +35,49 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
+class Packing:
+    """How samples become packed rows, one a microbatch.
+
+    Context parallelism cuts each segment into 2 * CP chunks, sequence parallelism a context rank's tokens into TP runs:
+    segments and rows are padded to what can be cut. The interleaved schedule takes rows in multiples of the stages.
+    `drop_oversized`: a gated sample that no row can hold is left out of the update and counted, instead of refused
+    before the run.
+    """
+
+    data_parallel: int = 1
+    max_tokens: int = 8192
+    segment_multiple: int = 1
+    row_multiple: int = 1
+    rows_multiple: int = 1
+    drop_oversized: bool = False
+
+    def segment_tokens(self, tokens: int) -> int:
+        """Tokens that a segment of `tokens` takes in a row."""
+        return math.ceil(tokens / self.segment_multiple) * self.segment_multiple
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run will do, in numbers. All counts are of the whole run, not of one rank, unless named so."""
+    """What a run will do, in numbers. All counts are of the whole run, not of one rank, unless named so.
+
+    `layers_per_chunk` goes through the model: with stages interleaved, chunk c is on stage c modulo the stages.
+    """
 
     shape: ModelShape
     num_ranks: int
     data_parallel: int
-    layers_per_stage: tuple[int, ...]
+    layers_per_chunk: tuple[int, ...]
     padded_vocab_size: int
     samples_per_step: int
     prompts_per_update: int
     num_updates: int
-    row_multiple: int
-    max_tokens_per_microbatch: int
+    packing: Packing
     longest_sample_tokens: int
     views_per_gated_sample: int
     uses_reference: bool
     scores_old_logp: bool
     num_parameters: int
     memory: Memory
-
-
-def nearest_divisor(number: int, wanted: int) -> int:
-    """The divisor of `number` that is nearest to `wanted`, the smaller of two.
-
-    >>> nearest_divisor(28, 8)
-    7
-    """
-    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wanted), d))
 
 
 def resolve(config: Config) -> Plan:
@@ -71,10 +87,10 @@ def resolve(config: Config) -> Plan:
         raise ConfigError("\n".join(f"  {number}. {text}" for number, text in enumerate(problems, 1)))
     shape = None
     try:
-        shape = architecture.read(config.model.path)
+        shape = families.read_shape(config.model.path)
     except ConfigError as error:
         problems.append(str(error))
-    problems += _layout_problems(config, shape) + _batch_problems(config) + _value_problems(config)
+    problems += layout.problems(config, shape) + _batch_problems(config) + _value_problems(config)
     problems += _debug_problems(config) + _file_problems(config)
     if problems or shape is None:
         raise ConfigError("\n".join(f"  {number}. {text}" for number, text in enumerate(problems, 1)))
@@ -86,19 +102,17 @@ def _derive(config: Config, shape: ModelShape) -> Plan:
     supervised = config.algorithm.objective == "supervised"
     reference = config.algorithm.beta > 0 and not supervised
     parallel = policy.tensor_parallel
-    data_parallel = trainer.num_gpus // (parallel * policy.pipeline_parallel)
-    row_multiple = parallel if policy.sequence_parallel else 1
+    data_parallel = trainer.num_gpus // layout.replica_ranks(policy)
     return Plan(
         shape=shape,
         num_ranks=trainer.num_gpus,
         data_parallel=data_parallel,
-        layers_per_stage=stage_layers(config, shape),
+        layers_per_chunk=layout.layers_per_chunk(policy, shape.num_layers),
         padded_vocab_size=math.ceil(shape.vocab_size / parallel) * parallel,
         samples_per_step=trainer.prompts_per_step * (1 if supervised else rollout.samples_per_prompt),
         prompts_per_update=trainer.prompts_per_step // trainer.updates_per_step,
         num_updates=trainer.num_steps * trainer.updates_per_step,
-        row_multiple=row_multiple,
-        max_tokens_per_microbatch=policy.max_tokens_per_microbatch // row_multiple * row_multiple,
+        packing=_packing(config, data_parallel),
         longest_sample_tokens=longest_sample(config),
         views_per_gated_sample=_views(config),
         uses_reference=reference,
@@ -108,107 +122,74 @@ def _derive(config: Config, shape: ModelShape) -> Plan:
     )
 
 
-def stage_layers(config: Config, shape: ModelShape) -> tuple[int, ...]:
-    """Decoder layers of each pipeline stage, first to last."""
-    stages = config.policy.pipeline_parallel
-    return config.policy.layers_per_stage or (shape.num_layers // stages,) * stages
+def _packing(config: Config, data_parallel: int) -> Packing:
+    policy = config.policy
+    segment = 2 * policy.context_parallel if policy.context_parallel > 1 else 1
+    row = math.lcm(segment, policy.context_parallel * (policy.tensor_parallel if policy.sequence_parallel else 1))
+    return Packing(
+        data_parallel=data_parallel,
+        max_tokens=policy.max_tokens_per_microbatch // row * row,
+        segment_multiple=segment,
+        row_multiple=row,
+        rows_multiple=policy.pipeline_parallel if policy.virtual_pipeline > 1 else 1,
+        drop_oversized=policy.oversized_samples == "drop",
+    )
 
 
 def _views(config: Config) -> int:
     return 3 if config.algorithm.objective == "cppo" else 1
 
 
-def longest_sample(config: Config) -> int:
-    """Tokens of the longest possible sample under all of its views; a microbatch must hold it."""
-    return _views(config) * (config.data.max_prompt_tokens + config.rollout.max_response_tokens - 1)
+def longest_sample(config: Config, *, views: int = 0) -> int:
+    """Tokens of the longest possible sample under all of its views (or `views`); a microbatch must hold it."""
+    segment = config.data.max_prompt_tokens + config.rollout.max_response_tokens - 1
+    return (views or _views(config)) * _packing(config, 1).segment_tokens(segment)
 
 
 def _memory(config: Config, shape: ModelShape, data_parallel: int, reference: bool) -> Memory:
     policy, gib = config.policy, 2**30
-    local, trained = _largest_stage(config, shape)
-    weights = local * BYTES[policy.precision] / gib
+    held, trained, experts = _largest_stage(config, shape)
+    weights = held * BYTES[policy.precision] / gib
     main = 8 if policy.precision == "fp32" else 12
-    shards = data_parallel if policy.distributed_optimizer else 1
+    copies = data_parallel * policy.context_parallel if policy.distributed_optimizer else 1
+    ranks = config.trainer.num_gpus // policy.pipeline_parallel
+    expert_copies = ranks // _expert_ranks(config) if policy.distributed_optimizer else 1
     on_device = reference and policy.reference == "device"
     return Memory(
         weights_gib=weights,
         gradients_gib=trained * 4 / gib,
-        optimizer_gib=trained * main / shards / gib,
+        optimizer_gib=((trained - experts) / copies + experts / expert_copies) * main / gib,
         reference_device_gib=weights if on_device else 0.0,
         reference_host_gib=weights if reference and not on_device else 0.0,
     )
 
 
-def _largest_stage(config: Config, shape: ModelShape) -> tuple[float, float]:
-    """The most parameters that a rank of any stage holds, and the most that one trains."""
-    layers, last = stage_layers(config, shape), config.policy.pipeline_parallel - 1
+def _expert_ranks(config: Config) -> int:
+    """Ranks that share a layer's experts: those of EP, or without EP those of TP, which cut each expert."""
+    policy = config.policy
+    return policy.expert_parallel if policy.expert_parallel > 1 else policy.tensor_parallel
+
+
+def _largest_stage(config: Config, shape: ModelShape) -> tuple[float, float, float]:
+    """The most parameters that a rank of any stage holds, the most that one trains, and those that are experts'."""
+    stages, chunks = config.policy.pipeline_parallel, layout.layers_per_chunk(config.policy, shape.num_layers)
     vocabulary = shape.vocab_size * shape.hidden_size
+    experts_of_layer = shape.num_experts * shape.expert_parameters
     held, trained = [], []
-    for stage, num_layers in enumerate(layers):
-        language = num_layers * shape.layer_parameters
+    for stage in range(stages):
+        num_layers = sum(chunks[stage::stages])
+        language = num_layers * (shape.layer_parameters - experts_of_layer)
         if stage == 0:
             language += vocabulary
-        if stage == last:
+        if stage == stages - 1:
             # Tied weights are one tensor on a single stage, and a copy of it on the last of several.
-            language += shape.hidden_size + (0 if shape.tied and last == 0 else vocabulary)
+            language += shape.hidden_size + (0 if shape.tied and stages == 1 else vocabulary)
         vision = shape.vision.num_parameters if stage == 0 else 0
-        share = language / config.policy.tensor_parallel
+        experts = num_layers * experts_of_layer / _expert_ranks(config)
+        share = language / config.policy.tensor_parallel + experts
         held.append(share + vision)
-        trained.append(share + (vision if config.model.train_vision else 0))
-    return max(held), max(trained)
-
-
-def _layout_problems(config: Config, shape: ModelShape | None) -> list[str]:
-    policy, ranks = config.policy, config.trainer.num_gpus
-    model_ranks = policy.tensor_parallel * policy.pipeline_parallel
-    problems = []
-    if min(model_ranks, ranks) >= 1 and ranks % model_ranks:
-        nearest = max(1, round(ranks / model_ranks)) * model_ranks
-        problems.append(
-            f"trainer.num_gpus: {ranks} ranks cannot be cut into replicas of {model_ranks} "
-            f"(TP {policy.tensor_parallel} x PP {policy.pipeline_parallel}); use {nearest}"
-        )
-    if policy.sequence_parallel and policy.tensor_parallel == 1:
-        problems.append("policy.sequence_parallel: splits over TP ranks, but tensor_parallel is 1; turn it off")
-    if policy.device == "cpu" and policy.precision != "fp32":
-        problems.append("policy.precision: the cpu platform computes in fp32; use --policy.precision fp32")
-    if shape is None or policy.tensor_parallel < 1:
-        return problems
-    counts = {
-        "attention heads": shape.num_heads,
-        "key/value heads": shape.num_kv_heads,
-        "feed-forward channels": shape.ffn_size,
-    }
-    undivided = [f"{count} {name}" for name, count in counts.items() if count % policy.tensor_parallel]
-    problems += _stage_problems(policy, shape.num_layers)
-    if undivided:
-        nearest = nearest_divisor(math.gcd(*counts.values()), policy.tensor_parallel)
-        problems.append(
-            f"policy.tensor_parallel: {policy.tensor_parallel} does not divide the model's {', '.join(undivided)}; "
-            f"use {nearest}"
-        )
-    return problems
-
-
-def _stage_problems(policy: PolicyConfig, num_layers: int) -> list[str]:
-    """How the layers cannot be cut into stages."""
-    stages, given = policy.pipeline_parallel, policy.layers_per_stage
-    if stages < 1:
-        return []
-    if stages > num_layers:
-        return [f"policy.pipeline_parallel: {stages} stages, but the model has {num_layers} layers; use fewer"]
-    even = " ".join(str(num_layers // stages + (stage < num_layers % stages)) for stage in range(stages))
-    if given and (len(given) != stages or sum(given) != num_layers or min(given) < 1):
-        return [
-            f"policy.layers_per_stage: {' '.join(map(str, given))} are {len(given)} stages with {sum(given)} layers; "
-            f"pipeline_parallel is {stages}, the model has {num_layers} layers, and each stage needs one; use {even}"
-        ]
-    if not given and num_layers % stages:
-        return [
-            f"policy.pipeline_parallel: {stages} does not divide the model's {num_layers} layers; use "
-            f"{nearest_divisor(num_layers, stages)}, or cut them yourself: --policy.layers_per_stage {even}"
-        ]
-    return []
+        trained.append((share + (vision if config.model.train_vision else 0), experts))
+    return max(held), *max(trained)
 
 
 def _batch_problems(config: Config) -> list[str]:
@@ -219,12 +200,16 @@ def _batch_problems(config: Config) -> list[str]:
             f"trainer.updates_per_step: {trainer.updates_per_step} does not divide prompts_per_step "
             f"{trainer.prompts_per_step}; use {nearest}"
         )
-    needed = longest_sample(config)
-    if config.policy.max_tokens_per_microbatch < needed:
+    row = _packing(config, 1).row_multiple
+    views = 1 if config.policy.oversized_samples == "drop" else _views(config)
+    needed = longest_sample(config, views=views)
+    if _packing(config, 1).max_tokens < needed:
+        padded = f", in rows of multiples of {row}" if row > 1 else ""
         problems.append(
             f"policy.max_tokens_per_microbatch: {config.policy.max_tokens_per_microbatch} cannot hold the longest "
-            f"sample, {_views(config)} views x (data.max_prompt_tokens {config.data.max_prompt_tokens} + "
-            f"rollout.max_response_tokens {config.rollout.max_response_tokens} - 1); use at least {needed}"
+            f"sample, {views} views x (data.max_prompt_tokens {config.data.max_prompt_tokens} + "
+            f"rollout.max_response_tokens {config.rollout.max_response_tokens} - 1){padded}; use at least "
+            f"{math.ceil(needed / row) * row}"
         )
     if config.optimizer.warmup_updates >= trainer.num_steps * max(trainer.updates_per_step, 1):
         problems.append(
@@ -248,6 +233,9 @@ _BOUNDS: tuple[tuple[str, str, float, float], ...] = (
     ("rollout", "max_sequences", 1, math.inf),
     ("policy", "tensor_parallel", 1, math.inf),
     ("policy", "pipeline_parallel", 1, math.inf),
+    ("policy", "virtual_pipeline", 1, math.inf),
+    ("policy", "context_parallel", 1, math.inf),
+    ("policy", "expert_parallel", 1, math.inf),
     ("optimizer", "learning_rate", 0, math.inf),
     ("optimizer", "max_grad_norm", 0, math.inf),
     ("trainer", "num_gpus", 1, math.inf),
@@ -378,6 +366,7 @@ def _run_dir_problems(path: Path) -> list[str]:
 def describe(plan: Plan) -> str:
     """The plan as aligned text, one number a line."""
     facts = {name: value for name, value in dataclasses.asdict(plan).items() if not isinstance(value, dict)}
+    facts |= dataclasses.asdict(plan.packing)
     facts |= {name: f"{value:.3f}" for name, value in dataclasses.asdict(plan.memory).items()}
     facts["reference"] = _reference_text(plan)
     width = max(len(name) for name in facts)

@@ -112,7 +112,8 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """One packed row of T tokens: segments (sample, view) one after the other, padding last, as a segment of its own.
+    """One packed row of T tokens: segments (sample, view) one after the other, padded at their ends to what the layout
+    can cut, and the row's padding last, as a segment of its own.
 
     N response tokens belong to the row's samples, in order. `rows_*_N` is the position in the row of the hidden
     state that predicts the token, under each view; -1 where the sample has no such segment.
@@ -153,13 +154,17 @@ class MiniBatch:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step's samples, planned. `Policy.score` fills `old_logp` and `reference_logp`: per sample, [tokens] fp32."""
+    """One step's samples, planned. `Policy.score` fills `old_logp` and `reference_logp`: per sample, [tokens] fp32.
+
+    `oversized` samples fit into no row, and are in no update.
+    """
 
     samples: tuple[Sample, ...]
     scoring: MiniBatch | None
     updates: tuple[MiniBatch, ...]
     old_logp: tuple[Tensor, ...] | None = None
     reference_logp: tuple[Tensor, ...] | None = None
+    oversized: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

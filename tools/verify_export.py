@@ -48,9 +48,7 @@ def answer_as_trained(config: Config, num_prompts: int, output: Path) -> None:
             groups,
             views_for=lambda _: ("original",),
             num_updates=1,
-            data_parallel=plan.data_parallel,
-            max_tokens=plan.max_tokens_per_microbatch,
-            row_multiple=plan.row_multiple,
+            packing=plan.packing,
             score=True,
         )
         scores = run.policy.score(batch, old=True, reference=False).old_logp or ()

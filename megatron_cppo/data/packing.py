@@ -2,7 +2,8 @@
 
 A segment is a sample under one view: its prompt and its response but for the last token, which predicts nothing. The
 segments of a sample share a row (the mask compares their entropies); samples of one prompt share it where the budget
-allows, so that their image is encoded once. Every data-parallel rank gets the same number of rows.
+allows, so that their image is encoded once. Every data-parallel rank gets the same number of rows, one that the
+pipeline's schedule takes. Segments are padded at their ends, where causal attention hides it from all that count.
 Legend: T tokens of a row, S segments + 1, N response tokens, F image tokens.
 """
 
@@ -15,17 +16,22 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from megatron_cppo.plan import Packing
 from megatron_cppo.types import VIEWS, Batch, Group, ImageKey, MicroBatch, MiniBatch, Sample, View
 
 ViewsFor = Callable[[Sample], Sequence[View]]
 """Which views the objective needs of a sample; the original always comes first."""
 
 
+_Member = tuple[int, Sample, tuple[View, ...]]
+"""Index in the step (-1 for a filler), sample, its views."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Samples that travel together: (index in the step, sample, its views), and their tokens."""
+    """Samples that travel together, and their tokens, padding included."""
 
-    members: tuple[tuple[int, Sample, tuple[View, ...]], ...]
+    members: tuple[_Member, ...]
     tokens: int
 
 
@@ -45,110 +51,113 @@ def scoring_rows(batch: Batch) -> int:
 
 
 def build_batch(
-    groups: Sequence[Group],
-    *,
-    views_for: ViewsFor,
-    num_updates: int,
-    data_parallel: int,
-    max_tokens: int,
-    row_multiple: int,
-    score: bool,
+    groups: Sequence[Group], *, views_for: ViewsFor, num_updates: int, packing: Packing, score: bool
 ) -> Batch:
     """Plan one step: its updates (mini-batches of equal prompt count), and the scoring pass when `score`.
 
-    `max_tokens` is a row's capacity; a row is padded to a multiple of `row_multiple`. Raises ValueError for a sample
-    that no row can hold.
+    A sample that no row can hold is left out of its update where `packing` says so, and named in `oversized`; else it
+    raises ValueError.
     """
     assert len(groups) % num_updates == 0, f"{len(groups)} prompts cannot be cut into {num_updates} updates"
-    size = {"data_parallel": data_parallel, "max_tokens": max_tokens, "row_multiple": row_multiple}
     samples = tuple(sample for group in groups for sample in group.samples)
     numbered, first = [], 0
     for group in groups:
-        numbered.append([(first + i, sample) for i, sample in enumerate(group.samples)])
+        numbered.append([(first + i, sample, tuple(views_for(sample))) for i, sample in enumerate(group.samples)])
         first += len(group.samples)
+    oversized = _oversized([member for group in numbered for member in group], packing)
+    fitting = [[member for member in group if member[0] not in oversized] for group in numbered]
+    original = [[(index, sample, _ORIGINAL) for index, sample, _ in group] for group in numbered]
     share = len(groups) // num_updates
     return Batch(
         samples=samples,
-        scoring=_mini_batch(numbered, _original_only, **size) if score else None,
+        scoring=_mini_batch(original, packing, filler=samples) if score else None,
         updates=tuple(
-            _mini_batch(numbered[i * share : (i + 1) * share], views_for, **size) for i in range(num_updates)
+            _mini_batch(fitting[i * share : (i + 1) * share], packing, filler=samples) for i in range(num_updates)
         ),
+        oversized=tuple(sorted(oversized)),
     )
 
 
-def _original_only(_: Sample) -> tuple[View, ...]:
-    return ("original",)
+_ORIGINAL: tuple[View, ...] = ("original",)
 
 
-def _mini_batch(
-    groups: Sequence[Sequence[tuple[int, Sample]]],
-    views_for: ViewsFor,
-    *,
-    data_parallel: int,
-    max_tokens: int,
-    row_multiple: int,
-) -> MiniBatch:
-    pieces = [piece for group in groups for piece in _pieces(group, views_for, max_tokens)]
-    rows = _balance(pieces, data_parallel, max_tokens)
-    filler = min((member for piece in pieces for member in piece.members), key=lambda m: segment_tokens(m[1]))[1]
-    packed = [pack(row or [(-1, filler, ("original",))], row_multiple) for row in rows]
-    per_rank = len(packed) // data_parallel
-    members = [sample for group in groups for _, sample in group]
+def _oversized(members: Sequence[_Member], packing: Packing) -> set[int]:
+    """The samples that no row can hold under all of their views, where they are to be left out; else ValueError."""
+    found = set()
+    for index, sample, views in members:
+        cost = len(views) * packing.segment_tokens(segment_tokens(sample))
+        if cost <= packing.max_tokens:
+            continue
+        if not packing.drop_oversized:
+            raise ValueError(
+                f"row {sample.prompt.row}: {len(views)} views of {segment_tokens(sample)} tokens exceed "
+                f"policy.max_tokens_per_microbatch {packing.max_tokens}; raise it to {cost}"
+            )
+        found.add(index)
+    return found
+
+
+def _mini_batch(groups: Sequence[Sequence[_Member]], packing: Packing, *, filler: Sequence[Sample]) -> MiniBatch:
+    """The rows of these samples; where a rank has none, the shortest sample of `filler` at zero weight."""
+    pieces = [piece for group in groups for piece in _pieces(group, packing)]
+    rows = _balance(pieces, packing)
+    shortest = min(filler, key=segment_tokens)
+    packed = [pack(row or [(-1, shortest, _ORIGINAL)], packing) for row in rows]
+    per_rank = len(packed) // packing.data_parallel
+    members = [sample for group in groups for _, sample, _ in group]
     return MiniBatch(
-        microbatches=tuple(tuple(packed[rank * per_rank : (rank + 1) * per_rank]) for rank in range(data_parallel)),
+        microbatches=tuple(
+            tuple(packed[rank * per_rank : (rank + 1) * per_rank]) for rank in range(packing.data_parallel)
+        ),
         num_tokens=sum(len(sample.token_ids) for sample in members),
         num_samples=len(members),
         num_gated_samples=sum(sample.gated for sample in members),
     )
 
 
-def _pieces(group: Sequence[tuple[int, Sample]], views_for: ViewsFor, max_tokens: int) -> list[_Piece]:
+def _pieces(group: Sequence[_Member], packing: Packing) -> list[_Piece]:
     """The group whole, where a quarter of a row holds it; else each sample alone."""
-    members = [(index, sample, tuple(views_for(sample))) for index, sample in group]
-    costs = [segment_tokens(sample) * len(views) for _, sample, views in members]
-    for (_, sample, views), cost in zip(members, costs, strict=True):
-        if cost > max_tokens:
-            raise ValueError(
-                f"row {sample.prompt.row}: {len(views)} views of {segment_tokens(sample)} tokens exceed "
-                f"policy.max_tokens_per_microbatch {max_tokens}; raise it to {cost}"
-            )
-    if sum(costs) <= max_tokens // 4:
-        return [_Piece(tuple(members), sum(costs))]
-    return [_Piece((member,), cost) for member, cost in zip(members, costs, strict=True)]
+    costs = [len(views) * packing.segment_tokens(segment_tokens(sample)) for _, sample, views in group]
+    if group and sum(costs) <= packing.max_tokens // 4:
+        return [_Piece(tuple(group), sum(costs))]
+    return [_Piece((member,), cost) for member, cost in zip(group, costs, strict=True)]
 
 
-def _balance(
-    pieces: Sequence[_Piece], data_parallel: int, max_tokens: int
-) -> list[list[tuple[int, Sample, tuple[View, ...]]]]:
-    """Rows, a multiple of `data_parallel`: as few as hold the pieces, each filled about equally (longest first)."""
-    total = sum(piece.tokens for piece in pieces)
-    per_rank = max(1, math.ceil(total / max_tokens / data_parallel))
+def _balance(pieces: Sequence[_Piece], packing: Packing) -> list[list[_Member]]:
+    """Rows, a multiple of what ranks and schedule take: as few as hold the pieces, about equally full (longest first).
+
+    A row that gets no piece is left empty.
+    """
+    total, multiple = sum(piece.tokens for piece in pieces), packing.rows_multiple
+    per_rank = max(1, math.ceil(total / packing.max_tokens / packing.data_parallel))
+    per_rank = math.ceil(per_rank / multiple) * multiple
     order = sorted(range(len(pieces)), key=lambda i: (-pieces[i].tokens, i))
     while True:
-        loads = [0] * (per_rank * data_parallel)
-        rows: list[list[tuple[int, Sample, tuple[View, ...]]]] = [[] for _ in loads]
+        loads = [0] * (per_rank * packing.data_parallel)
+        rows: list[list[_Member]] = [[] for _ in loads]
         for i in order:
             row = min(range(len(loads)), key=loads.__getitem__)
             loads[row] += pieces[i].tokens
             rows[row].extend(pieces[i].members)
-        if max(loads) <= max_tokens:
+        if max(loads) <= packing.max_tokens:
             return rows
-        per_rank += 1
+        per_rank += multiple
 
 
-def pack(members: Sequence[tuple[int, Sample, tuple[View, ...]]], row_multiple: int = 1) -> MicroBatch:
-    """One packed row of `members`: (index in the step or -1 for a filler, sample, views)."""
+def pack(members: Sequence[_Member], packing: Packing) -> MicroBatch:
+    """One packed row of `members`."""
     ids, positions, lengths = [], [], []
     images: dict[ImageKey, int] = {}
     grids, slots, features = [], [], []
     rows: dict[View, list[np.ndarray]] = {view: [] for view in VIEWS}
-    start = num_features = 0
+    start = num_features = padding = 0
     first_feature: dict[ImageKey, int] = {}
     for _, sample, views in members:
         prompt, count = sample.prompt, len(sample.token_ids)
-        length = segment_tokens(sample)
-        segment_ids = np.array(prompt.token_ids + sample.token_ids[:-1], dtype=np.int64)
-        tail = np.broadcast_to(prompt.next_position + np.arange(count - 1), (3, count - 1))
+        length = packing.segment_tokens(segment_tokens(sample))
+        num_added = length - segment_tokens(sample)
+        segment_ids = np.array(prompt.token_ids + sample.token_ids[:-1] + (0,) * num_added, dtype=np.int64)
+        tail = np.broadcast_to(prompt.next_position + np.arange(count - 1 + num_added), (3, count - 1 + num_added))
         segment_positions = np.concatenate([np.array(prompt.positions, dtype=np.int64), tail], axis=1)
         for view in VIEWS:
             if view not in views:
@@ -167,18 +176,19 @@ def pack(members: Sequence[tuple[int, Sample, tuple[View, ...]]], row_multiple: 
             lengths.append(length)
             rows[view].append(start + len(prompt.token_ids) - 1 + np.arange(count))
             start += length
-    padding = -start % row_multiple
-    if padding:
-        ids.append(np.zeros(padding, dtype=np.int64))
-        positions.append(np.broadcast_to(np.arange(padding), (3, padding)))
-        lengths.append(padding)
+            padding += num_added
+    rest = -start % packing.row_multiple
+    if rest:
+        ids.append(np.zeros(rest, dtype=np.int64))
+        positions.append(np.broadcast_to(np.arange(rest), (3, rest)))
+        lengths.append(rest)
     counts = [len(sample.token_ids) for _, sample, _ in members]
     return MicroBatch(
         token_ids_T=torch.from_numpy(np.concatenate(ids)),
         positions_3T=torch.from_numpy(np.concatenate(positions, axis=1)),
         cu_seqlens_S=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)),
         max_seqlen=max(lengths),
-        num_padding_tokens=padding,
+        num_padding_tokens=padding + rest,
         images=tuple(images),
         grids=tuple(grids),
         feature_slots_F=_flat(slots),

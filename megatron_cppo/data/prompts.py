@@ -17,11 +17,11 @@ import numpy.typing as npt
 from PIL import Image
 from torch import Tensor
 
+from megatron_cppo import families
 from megatron_cppo.config import DataConfig, ModelConfig, PerceptionConfig
 from megatron_cppo.data.byte_cache import ByteCache
 from megatron_cppo.data.images import ImageError
 from megatron_cppo.data.pixels import PixelReader
-from megatron_cppo.data.positions import rope_positions
 from megatron_cppo.data.rows import IMAGE_MARKER, DataError, Row, RowDropped, Rows, usable
 from megatron_cppo.data.tokenizer import TemplateRefusal, Vocabulary, vocabulary
 from megatron_cppo.data.views import Kind, draw, preserving, removing
@@ -108,6 +108,7 @@ class PromptSource:
         for kind, names in self._view_names.items():
             draw(kind, 0, names)  # unknown names fail now, not at the first gated sample
         self._vocabulary: Vocabulary = vocabulary(model_path)
+        self._rope_positions = families.part(families.read_shape(model_path).family, "positions").rope_positions
         self._reader = PixelReader(model_path, model, max_image_pixels=data.max_image_pixels)
         self._rows = Rows(files)
         with (phase or _unwatched)(f"read {split}", len(self._rows)) as advance:
@@ -206,7 +207,7 @@ class PromptSource:
         draft = entry.draft
         image_token_id = self._vocabulary.image_token_id
         token_ids_T = expand_placeholders(entry.short_ids, draft.grids, image_token_id=image_token_id)
-        positions_3T, next_position = rope_positions(token_ids_T, draft.grids, image_token_id=image_token_id)
+        positions_3T, next_position = self._rope_positions(token_ids_T, draft.grids, image_token_id=image_token_id)
         time, height, width = (tuple(axis) for axis in positions_3T.tolist())
         return Prompt(
             split=self._split,

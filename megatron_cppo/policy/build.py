@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
+from megatron_cppo.architecture import ModelShape
 from megatron_cppo.config import ModelConfig, OptimizerConfig, PolicyConfig
 from megatron_cppo.plan import Plan
 from megatron_cppo.policy import weights
@@ -20,16 +24,45 @@ with warnings.catch_warnings():
     from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer, get_standard_config_overrides
     from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """The model, wrapped for gradient reduction, and what updates it."""
+    """This rank's part of the model, wrapped for gradient reduction, and what updates it.
 
-    model: VisionLanguageModel
-    wrapped: DistributedDataParallel
+    A stage is one chunk, or several under a virtual pipeline, in the order of the model; the ranks of the first stage
+    hold the vision tower in their first chunk, those of the last the head in their last.
+    """
+
+    chunks: tuple[VisionLanguageModel, ...]
+    wrapped: tuple[DistributedDataParallel, ...]
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
+
+    @property
+    def groups(self) -> Groups:
+        """The layout's process groups."""
+        return self.chunks[0].groups
+
+    @property
+    def shape(self) -> ModelShape:
+        """The model's numbers."""
+        return self.chunks[0].shape
+
+    @property
+    def config(self) -> TransformerConfig:
+        """Megatron-Core's config, which the chunks share."""
+        return self.chunks[0].config
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors are."""
+        return self.chunks[0].device
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of all chunks."""
+        return itertools.chain.from_iterable(chunk.parameters() for chunk in self.chunks)
 
 
 def build(
@@ -42,26 +75,35 @@ def build(
     groups: Groups,
     device: torch.device,
 ) -> Trained:
-    """Build this rank's stage, load the checkpoint into it, and make its optimizer. Called by all ranks."""
-    network = VisionLanguageModel(
-        plan.shape,
-        config=decoder_config(plan.shape, policy, layers_per_stage=plan.layers_per_stage),
-        model=model,
-        padded_vocab_size=plan.padded_vocab_size,
-        pixels=pixels,
-        groups=groups,
-        device=device,
+    """Build this rank's chunks, load the checkpoint into them, and make their optimizer. Called by all ranks."""
+    config = decoder_config(plan.shape, policy, layers_per_chunk=plan.layers_per_chunk)
+    chunks = tuple(
+        VisionLanguageModel(
+            plan.shape,
+            config=config,
+            model=model,
+            padded_vocab_size=plan.padded_vocab_size,
+            pixels=pixels,
+            groups=groups,
+            device=device,
+            chunk=number if policy.virtual_pipeline > 1 else None,
+            recompute_vision=policy.recompute_vision,
+        )
+        for number in range(policy.virtual_pipeline)
     )
-    weights.load(network, model.path)
-    wrapped = DistributedDataParallel(
-        network.config,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=False,
-            use_distributed_optimizer=policy.distributed_optimizer,
-        ),
-        network,
-        pg_collection=groups.collection,
+    weights.load(chunks, model.path)
+    wrapped = tuple(
+        DistributedDataParallel(
+            config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                overlap_grad_reduce=False,
+                use_distributed_optimizer=policy.distributed_optimizer,
+            ),
+            chunk,
+            pg_collection=groups.collection,
+        )
+        for chunk in chunks
     )
     adam = MegatronOptimizerConfig(
         optimizer="adam",
@@ -72,13 +114,13 @@ def build(
         adam_beta2=optimizer.beta2,
         adam_eps=optimizer.epsilon,
         clip_grad=optimizer.max_grad_norm,
-        bf16=network.config.bf16,
-        params_dtype=network.config.params_dtype,
+        bf16=config.bf16,
+        params_dtype=config.params_dtype,
         use_distributed_optimizer=policy.distributed_optimizer,
     )
     stepper = get_megatron_optimizer(
         adam,
-        [wrapped],
+        list(wrapped),
         config_overrides=get_standard_config_overrides(adam),
         use_gloo_process_groups=False,
         pg_collection=groups.collection,
@@ -97,4 +139,4 @@ def build(
         wd_incr_style="constant",
         override_opt_param_scheduler=False,
     )
-    return Trained(model=network, wrapped=wrapped, optimizer=stepper, schedule=schedule)
+    return Trained(chunks=chunks, wrapped=wrapped, optimizer=stepper, schedule=schedule)

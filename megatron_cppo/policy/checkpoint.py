@@ -120,7 +120,8 @@ def load(trained: Trained, folder: Path) -> dict[str, Any] | None:
     if newest is None:
         return None
     state = dist_checkpointing.load(_sharded_state(trained, loading=True), str(newest))
-    trained.model.load_state_dict(state["model"], strict=True)
+    for number, chunk in enumerate(trained.chunks):
+        chunk.load_state_dict(state[f"model{number}"], strict=True)
     trained.schedule.load_state_dict(state["schedule"])
     if trained.schedule.num_steps:  # before any update Adam is what it is when made, and Megatron-Core cannot load it
         with torch.no_grad():  # the distributed optimizer copies into views of parameters
@@ -186,11 +187,14 @@ def _none_whole(folder: Path, faults: dict[Path, str], aside: Sequence[Path]) ->
 
 
 def _sharded_state(trained: Trained, *, loading: bool) -> dict[str, Any]:
-    model = _without_extra_state(trained.model.sharded_state_dict())
+    model = {
+        f"model{number}": _without_extra_state(chunk.sharded_state_dict())
+        for number, chunk in enumerate(trained.chunks)
+    }
     rank = dist.get_rank()
     random = {"torch": torch.get_rng_state(), "megatron": get_cuda_rng_tracker().get_states()}
     return {
-        "model": model,
+        **model,
         "optimizer": _optimizer_state(trained, model, loading=loading),
         "schedule": trained.schedule.state_dict(),
         "random": ShardedObject("random", random, (dist.get_world_size(),), (rank,)),

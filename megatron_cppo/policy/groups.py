@@ -1,6 +1,7 @@
 """The process groups of a layout; the only module that touches Megatron-Core's `parallel_state`.
 
-Rank order is Megatron's: TP fastest, then CP, DP, PP. Everything else receives groups as arguments.
+Rank order is Megatron's: TP fastest, then CP, DP, PP; EP is cut out of TP x CP x DP. Everything else receives groups as
+arguments.
 """
 
 from __future__ import annotations
@@ -18,10 +19,19 @@ from megatron_cppo.config import PolicyConfig
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """Groups of this rank. `data` has one rank per replica, `pipeline` one per stage, `world` all of the trainer."""
+    """Groups of this rank.
+
+    `data` has one rank per replica, `pipeline` one per stage, `world` all of the trainer. `tensor` shares every layer,
+    `context` every sequence, `tensor_context` both; `expert` shares the experts of a layer, and `expert_tensor` each
+    expert.
+    """
 
     collection: ProcessGroupCollection
     tensor: dist.ProcessGroup
+    context: dist.ProcessGroup
+    tensor_context: dist.ProcessGroup
+    expert: dist.ProcessGroup
+    expert_tensor: dist.ProcessGroup
     pipeline: dist.ProcessGroup
     data: dist.ProcessGroup
     world: dist.ProcessGroup
@@ -44,7 +54,8 @@ class Groups:
     def from_last_stages(self, mine: Any) -> list[Any]:
         """What the last stage's rank of every replica holds as `mine`, in the order of the replicas, on all ranks.
 
-        Communicates over `data` on the last stage, then over `pipeline`. `mine` of other stages is not looked at.
+        Communicates over `data` on the last stage, then over `pipeline`. `mine` of other stages is not looked at; the
+        ranks of a replica's last stage hold the same.
         """
         every: list[Any] = [mine]
         if self.data.size() > 1 and self.is_last_stage:
@@ -62,6 +73,10 @@ def make(config: PolicyConfig, *, seed: int) -> Groups:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_parallel,
         pipeline_model_parallel_size=config.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
+        context_parallel_size=config.context_parallel,
+        expert_model_parallel_size=config.expert_parallel,
+        expert_tensor_parallel_size=expert_tensor_parallel(config),
         create_gloo_process_groups=False,
     )
     model_parallel_cuda_manual_seed(seed)
@@ -70,10 +85,23 @@ def make(config: PolicyConfig, *, seed: int) -> Groups:
     return Groups(
         collection=collection,
         tensor=collection.tp,
+        context=collection.cp,
+        tensor_context=collection.tp_cp,
+        expert=collection.ep,
+        expert_tensor=collection.expt_tp,
         pipeline=collection.pp,
-        data=collection.dp_cp,
+        data=collection.dp,
         world=dist.group.WORLD,
     )
+
+
+def expert_tensor_parallel(config: PolicyConfig) -> int:
+    """Ranks that share each expert: one where the experts themselves are dealt out, else those of TP.
+
+    Megatron-Core 0.16.1 takes experts for dealt out only where EP > 1. With one rank per expert and EP 1 it would
+    reduce their gradients like those of the attention, and leave out the other TP ranks' tokens.
+    """
+    return 1 if config.expert_parallel > 1 else config.tensor_parallel
 
 
 def destroy() -> None:

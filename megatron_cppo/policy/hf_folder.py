@@ -1,7 +1,8 @@
 """Hugging Face checkpoint folders: read slices of tensors, write whole ones. No pickle, no model class.
 
 Tensor names are normalised to those of official Qwen2.5-VL checkpoints (`model.layers...`, `visual...`); a folder in
-the style of `state_dict()` (`model.language_model.layers...`, `model.visual...`) is read, and written back, as such.
+the style of `state_dict()`, and of Qwen3-VL (`model.language_model.layers...`, `model.visual...`), is read, and written
+back, as such. So are stacked experts, in either order: inside, each matrix has a name of its own.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from megatron_cppo import pretrained
 from megatron_cppo.config import ConfigError
+from megatron_cppo.families import experts
 from megatron_cppo.policy import durable
 
 SHARD_BYTES = 4 * 2**30
@@ -41,25 +44,50 @@ def disk_name(name: str) -> str:
     return name
 
 
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """Where a tensor is: the file, its name there, and for an expert's matrix its place in the tensor of that name."""
+
+    file: Any
+    own_name: str
+    place: experts.Place | None = None
+    right: bool = False
+
+    @property
+    def slice(self) -> Any:
+        return self.file.get_slice(self.own_name)
+
+
 class Reader:
-    """The tensors of a folder, by official name. A context manager: it holds the files open."""
+    """The tensors of a folder, by official name, each expert's matrix by itself. A context manager: files stay open.
+
+    Raises ConfigError for a folder that is damaged or cannot be trained.
+    """
 
     def __init__(self, folder: str) -> None:
-        self._stack, self._files, self._names = ExitStack(), {}, {}
+        self._stack = ExitStack()
         paths = sorted(Path(folder).glob("*.safetensors"))
         if not paths:
             raise ConfigError(f"model.path: {folder!r} holds no *.safetensors file; convert the checkpoint first")
+        found: dict[str, _Entry] = {}
         for path in paths:
             try:
                 file = self._stack.enter_context(safe_open(str(path), framework="pt"))
             except SafetensorError as error:
                 raise ConfigError(f"model.path: {path} is damaged ({error}); copy the checkpoint again") from error
             for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                self._files[disk_name(name)], self._names[disk_name(name)] = file, name
-        self._check_index(folder)
-        wrong = pretrained.untrainable({name: self._slice(name).get_dtype() for name in sorted(self._files)})
+                found[disk_name(name)] = _Entry(file, name)
+        self._check_index(folder, found)
+        wrong = pretrained.untrainable({name: found[name].slice.get_dtype() for name in sorted(found)})
         if wrong:
             raise ConfigError(f"model.path: {folder!r}: {wrong}")
+        self.own_names = {entry.own_name for entry in found.values()}
+        """Names as this folder spells them."""
+        self.stacks: dict[str, tuple[tuple[int, ...], bool]] = {}
+        """Shape of each tensor of stacked experts, by official name, and whether it multiplies from the right."""
+        self._entries: dict[str, _Entry] = {}
+        for name, entry in found.items():
+            self._entries |= self._matrices(name, entry, found) or {name: entry}
 
     def __enter__(self) -> Reader:
         return self
@@ -67,48 +95,107 @@ class Reader:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def _check_index(self, folder: str) -> None:
+    @staticmethod
+    def _check_index(folder: str, found: dict[str, _Entry]) -> None:
         index = Path(folder) / "model.safetensors.index.json"
         if index.is_file():
             try:
                 listed = {disk_name(name) for name in json.loads(index.read_text())["weight_map"]}
             except (ValueError, TypeError, KeyError) as error:
                 raise ConfigError(f"model.path: {index} is damaged ({error!r}); copy the checkpoint again") from error
-            absent = sorted(listed - self._files.keys())
+            absent = sorted(listed - found.keys())
             if absent:
                 raise ConfigError(
                     f"model.path: {folder!r} lacks {len(absent)} tensors that its index lists, first {absent[0]!r}; "
                     "a shard is missing, copy the checkpoint again"
                 )
 
-    def _slice(self, name: str) -> Any:
-        return self._files[name].get_slice(self._names[name])
+    def _matrices(self, name: str, entry: _Entry, found: dict[str, _Entry]) -> dict[str, _Entry]:
+        """The matrices in a tensor of stacked experts; empty for any other tensor."""
+        shape = tuple(entry.slice.get_shape())
+        names = experts.matrices(name, shape[0]) if len(shape) == 3 else []
+        if not names:
+            return {}
+        layer = name.rpartition(".")[0]
+        pair = [found.get(f"{layer}.{kind}") for kind in ("gate_up_proj", "down_proj")]
+        shapes = [tuple(other.slice.get_shape()) for other in pair if other is not None]
+        right = experts.multiplies_right(*shapes) if [len(s) for s in shapes] == [3, 3] else None
+        if right is None:
+            raise ConfigError(
+                f"model.path: the stacked experts {layer} have the shapes {shapes}, which fit neither transformers 4's "
+                "order nor 5's; copy the checkpoint again"
+            )
+        self.stacks[name] = (shape, right)
+        return {each: _Entry(entry.file, entry.own_name, experts.place(each), right) for each in names}
 
     @property
     def names(self) -> set[str]:
         """Official names of all tensors."""
-        return set(self._files)
-
-    @property
-    def own_names(self) -> set[str]:
-        """Names as this folder spells them."""
-        return set(self._names.values())
+        return set(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
-        return tuple(self._slice(name).get_shape())
+        entry = self._entries[name]
+        whole = tuple(entry.slice.get_shape())
+        return whole if entry.place is None else entry.place.shape(whole, right=entry.right)
 
     def read(self, name: str, *, axis: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
         """A tensor, or its [start, stop) along `axis`, reading no more than that."""
-        window = self._slice(name)
-        return window[(slice(None),) * axis + (slice(start, stop),)] if axis is not None else window[:]
+        entry, shape = self._entries[name], self.shape(name)
+        wanted = [slice(0, size) for size in shape]
+        if axis is not None:
+            wanted[axis] = slice(start, stop)
+        if entry.place is None:
+            return entry.slice[tuple(wanted)] if wanted else entry.slice[:]
+        rows, columns = wanted
+        rows = slice(rows.start + entry.place.part * shape[0], rows.stop + entry.place.part * shape[0])
+        expert = slice(entry.place.expert, entry.place.expert + 1)
+        if entry.right:
+            return entry.slice[expert, columns, rows][0].t()
+        return entry.slice[expert, rows, columns][0]
 
 
-def _style(source: Path) -> dict[str, str]:
-    """Prefixes to write, official -> the source folder's own."""
-    with Reader(str(source)) as reader:
-        names = reader.own_names
-        return {official: other for other, official in _STYLES if any(name.startswith(other) for name in names)}
+@dataclass(frozen=True, slots=True)
+class _Style:
+    """How a folder spells its tensors: prefixes, official -> its own, and its stacks of experts."""
+
+    prefixes: dict[str, str]
+    stacks: dict[str, tuple[tuple[int, ...], bool]]
+
+    @staticmethod
+    def of(source: Path) -> _Style:
+        with Reader(str(source)) as reader:
+            prefixes = {
+                official: other
+                for other, official in _STYLES
+                if any(name.startswith(other) for name in reader.own_names)
+            }
+            return _Style(prefixes, reader.stacks)
+
+    def spell(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """`tensors` (official names) as this style has them, in host memory; experts stacked once all have come."""
+        stacks: dict[str, Tensor] = {}
+        missing: dict[str, int] = {}
+        for name, tensor in tensors:
+            where = experts.place(name)
+            if where is None or where.stack not in self.stacks:
+                yield self._own(name), tensor.detach().to("cpu", copy=True).contiguous()
+                continue
+            shape, right = self.stacks[where.stack]
+            if where.stack not in stacks:
+                stacks[where.stack] = torch.empty(shape, dtype=tensor.dtype)
+                missing[where.stack] = shape[0] * where.parts
+            where.of(stacks[where.stack], right=right).copy_(tensor)
+            missing[where.stack] -= 1
+            if not missing[where.stack]:
+                yield self._own(where.stack), stacks.pop(where.stack)
+        assert not stacks, f"experts are missing of {sorted(stacks)}"
+
+    def _own(self, name: str) -> str:
+        for official, own in self.prefixes.items():
+            if name.startswith(official):
+                return own + name.removeprefix(official)
+        return name
 
 
 def write(tensors: Iterable[tuple[str, Tensor]], *, source: str, target: str) -> None:
@@ -135,19 +222,14 @@ def write(tensors: Iterable[tuple[str, Tensor]], *, source: str, target: str) ->
 
 
 def _write(tensors: Iterator[tuple[str, Tensor]], *, origin: Path, partial: Path) -> None:
-    prefixes = _style(origin)
     shard: dict[str, Tensor] = {}
     written: list[tuple[Path, list[str]]] = []
     size = total = 0
-    for name, tensor in tensors:
+    for name, tensor in _Style.of(origin).spell(tensors):
         if size and size + tensor.nbytes > SHARD_BYTES:
             written.append(_flush(partial, len(written), shard))
             shard, size = {}, 0
-        for official, own in prefixes.items():
-            if name.startswith(official):
-                name = own + name.removeprefix(official)
-                break
-        shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        shard[name] = tensor
         size += tensor.nbytes
         total += tensor.nbytes
     written.append(_flush(partial, len(written), shard))

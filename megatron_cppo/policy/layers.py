@@ -1,121 +1,24 @@
-"""The parts of a decoder layer that stock Megatron-Core lacks without Transformer Engine.
+"""The decoder layer: Megatron-Core's, with the parts that it lacks without Transformer Engine, and m-rope's angles.
 
-Packed (THD) causal attention on PyTorch's SDPA, an RMS norm that works with sequence parallelism, m-rope angles.
-Legend: T tokens of the packed row, S segments, B segments of one bucket, L its longest segment, h heads, d head size.
+Legend: T tokens of the packed row, C those of this context rank, f frequency pairs of a head.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
-WASTE = 1.5
-"""A bucket's longest segment is at most this many times its shortest."""
-
-
-@dataclass
-class Segments(PackedSeqParams):
-    """Packed sequence parameters, with the segments already sorted into buckets of about equal length.
-
-    `padded_BL` are the rows of the packed row that each bucket gathers; `unpadded_T` finds every token's output again
-    among all the buckets' outputs, laid end to end. Made once per microbatch, used by every layer.
-    """
-
-    padded_BL: tuple[Tensor, ...] = ()
-    unpadded_T: Tensor | None = None
-
-
-def segments(cu_seqlens_S: Tensor, max_seqlen: int, device: torch.device) -> Segments:
-    """Parameters of a packed row for `PackedAttention`.
-
-    Rotary angles cover the whole row, so Megatron's rope code is told of one segment, [0, T], through the `padded`
-    lengths: it would else slice the row once per segment, layer, query and key.
-    """
-    starts = cu_seqlens_S.numpy()
-    lengths = np.diff(starts)
-    order = np.argsort(lengths, kind="stable")
-    padded, unpadded, offset, first = [], np.empty(starts[-1], dtype=np.int64), 0, 0
-    while first < len(order):
-        last = first
-        while last < len(order) and lengths[order[last]] <= max(WASTE * lengths[order[first]], 1):
-            last += 1
-        chosen = order[first:last]
-        longest = int(lengths[chosen[-1]])
-        columns = np.arange(longest)
-        inside = columns[None, :] < lengths[chosen][:, None]
-        rows = starts[chosen][:, None] + np.minimum(columns[None, :], lengths[chosen][:, None] - 1)
-        unpadded[rows[inside]] = offset + np.flatnonzero(inside.reshape(-1))
-        padded.append(torch.from_numpy(rows).to(device))
-        offset += rows.size
-        first = last
-    whole = torch.tensor([0, starts[-1]], dtype=torch.int32, device=device)
-    cu_seqlens = cu_seqlens_S.to(device)
-    upstream: dict[str, Any] = {
-        "qkv_format": "thd",
-        "cu_seqlens_q": cu_seqlens,
-        "cu_seqlens_kv": cu_seqlens,
-        "cu_seqlens_q_padded": whole,
-        "cu_seqlens_kv_padded": whole,
-        "max_seqlen_q": max_seqlen,
-        "max_seqlen_kv": max_seqlen,
-    }
-    return Segments(**upstream, padded_BL=tuple(padded), unpadded_T=torch.from_numpy(unpadded).to(device))
-
-
-class PackedAttention(nn.Module):
-    """Causal self-attention within each segment of a packed row; grouped queries; exact.
-
-    Segments are padded at their end only, inside buckets of about equal length: with a causal mask no valid query
-    sees a padded key, so no mask tensor exists.
-    """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: object,
-        attention_type: str,
-        softmax_scale: float | None = None,
-        **_: object,
-    ) -> None:
-        super().__init__()
-        assert attention_type == "self", f"PackedAttention is for self-attention, got {attention_type!r}"
-        assert config.context_parallel_size == 1, f"context parallel size {config.context_parallel_size} is not 1"
-        self.softmax_scale = softmax_scale
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        *,
-        packed_seq_params: Segments,
-        **_: object,
-    ) -> Tensor:
-        """query [T, h, d], key and value [T, h_kv, d] -> [T, h * d]."""
-        outputs = []
-        for rows_BL in packed_seq_params.padded_BL:
-            shape = rows_BL.shape
-            q, k, v = (
-                x.index_select(0, rows_BL.reshape(-1)).unflatten(0, shape).transpose(1, 2) for x in (query, key, value)
-            )
-            out = nn.functional.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
-            )
-            outputs.append(out.transpose(1, 2).reshape(shape.numel(), -1))
-        stacked = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        assert packed_seq_params.unpadded_T is not None, "the segments carry no bucket indices"
-        return stacked.index_select(0, packed_seq_params.unpadded_T)
+from megatron_cppo.policy.attention import PackedAttention, transformer_engine_attention
 
 
 class RMSNorm(nn.RMSNorm):
@@ -127,23 +30,89 @@ class RMSNorm(nn.RMSNorm):
         weight.sequence_parallel = config.sequence_parallel
 
 
-def decoder_spec(num_layers: int) -> TransformerBlockSubmodules:
-    """The modules of a stage of `num_layers`: Megatron-Core's local ones, with this file's attention and norm."""
-    layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm")
+class DecoderLayer(TransformerLayer):
+    """Megatron-Core's layer, after which the first layers add deepstack features (arXiv 2406.04334).
+
+    The features come with the row's parameters: several rows are on their way through a stage, and recomputation runs
+    a layer again for one that is long past.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        """As TransformerLayer's: hidden states and context."""
+        hidden, context = super().forward(*args, **kwargs)
+        deepstack = kwargs["packed_seq_params"].deepstack
+        if self.layer_number <= len(deepstack):
+            added = deepstack[self.layer_number - 1]
+            hidden = hidden.index_add(0, added.places_F, added.features_FH[:, None].to(hidden.dtype))
+        return hidden, context
+
+
+def decoder_spec(config: TransformerConfig, num_layers: int, device: torch.device) -> TransformerBlockSubmodules:
+    """The modules of a stage of `num_layers`: Megatron-Core's local ones, with this package's attention and norms.
+
+    On a GPU attention is Transformer Engine's. Raises ImportError there when it is not installed.
+    """
+    layer: ModuleSpec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=False,
+        qk_layernorm=config.qk_layernorm,
+        normalization="RMSNorm",
+    )
+    layer.module = DecoderLayer
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = core_attention(device)
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if config.num_moe_experts:
+        _name_norm_as_transformer_engine_does(layer)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 
 
-def rope_angles(positions_3T: Tensor, *, head_size: int, theta: float, section: tuple[int, ...]) -> Tensor:
-    """m-rope angles [T, 1, 1, head_size] fp32 of a whole packed row, in the layout of Megatron's unfused rope.
+def core_attention(device: torch.device) -> type[nn.Module]:
+    """The module that attends, for tensors on `device`."""
+    return transformer_engine_attention() if device.type == "cuda" else PackedAttention
 
-    Frequency pair i of the head turns with the time, height or width position according to `section`, whose parts
-    are consecutive (Qwen2.5-VL; Wang et al. 2024, arXiv 2409.12191).
+
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine is installed."""
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def _name_norm_as_transformer_engine_does(layer: ModuleSpec) -> None:
+    """Megatron-Core 0.16.1 saves the norm before experts under another key with its local layers than with those of
+    Transformer Engine: as if it were fused with a dense layer's first matrix, so that neither can load the other.
     """
-    exponent = torch.arange(0, head_size, 2, dtype=torch.float32, device=positions_3T.device) / head_size
-    angles_3TF = positions_3T[..., None].float() * theta**-exponent
-    parts = angles_3TF.split(section, dim=-1)
-    half = torch.cat([part[axis % 3] for axis, part in enumerate(parts)], dim=-1)
+    layer.submodules.sharded_state_dict_keys_map = {
+        name: key
+        for name, key in layer.submodules.sharded_state_dict_keys_map.items()
+        if not name.startswith("pre_mlp_layernorm")
+    }
+
+
+def rope_angles(positions_3C: Tensor, *, head_size: int, theta: float, axes: Sequence[int]) -> Tensor:
+    """m-rope angles [C, 1, 1, head_size] fp32 of a context rank's tokens, in the layout of Megatron's unfused rope.
+
+    Frequency pair i of a head turns with the time, height or width position, as axes[i] says.
+    """
+    exponent_f = torch.arange(0, head_size, 2, dtype=torch.float32, device=positions_3C.device) / head_size
+    positions_Cf = positions_3C[torch.tensor(axes, device=positions_3C.device)].t().float()
+    half = positions_Cf * theta**-exponent_f
     return torch.cat([half, half], dim=-1)[:, None, None, :]
+
+
+def where_rope_looks(angles_C: Tensor, context: dist.ProcessGroup) -> Tensor:
+    """The angles of this context rank's tokens, in a tensor for the whole row, where Megatron-Core's rope will look.
+
+    Megatron-Core 0.16.1 cuts a context rank's part out of a packed row's angles as if the row were one segment (and
+    its multimodal rope cuts another time): the first and second halves of these angles are put where it cuts.
+    """
+    size, rank = context.size(), context.rank()
+    if size == 1:
+        return angles_C
+    half, total = angles_C.shape[0] // 2, angles_C.shape[0] * size
+    placed_T = angles_C.new_zeros(total, *angles_C.shape[1:])
+    placed_T[rank * half : (rank + 1) * half] = angles_C[:half]
+    placed_T[total - (rank + 1) * half : total - rank * half] = angles_C[half:]
+    return placed_T

@@ -1,7 +1,8 @@
-"""The policy network: vision tower and embedding on the first stage, Megatron-Core decoder, head rows on the last.
+"""The policy network: vision tower and embedding on the first stage, Megatron-Core decoder, head's weight on the last.
 
-Knows nothing of losses: it turns a packed row into hidden states, and hidden states into token statistics.
-Legend: T tokens of the row, H hidden size, V vocabulary of this shard, N rows asked for, F image tokens.
+Knows nothing of losses: it turns a packed row into hidden states (`head.py` turns those into token statistics).
+Legend: T tokens of the row, C those of this context rank, L those of this rank between layers, H hidden size,
+V vocabulary of this shard, F image tokens, K deepstack features.
 """
 
 from __future__ import annotations
@@ -9,10 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import importlib
 import warnings
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,27 +18,24 @@ from torch import Tensor
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Megatron-Core warns at import that TE and Apex are absent; so they are
-    from megatron.core import tensor_parallel
     from megatron.core.enums import ModelType
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.module import MegatronModule
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_cppo.algo.vocab_parallel import linear_divergence, linear_statistics
+from megatron_cppo import families
 from megatron_cppo.architecture import ModelShape
 from megatron_cppo.config import ConfigError, ModelConfig, PolicyConfig
-from megatron_cppo.policy import vision
-from megatron_cppo.policy.groups import Groups
-from megatron_cppo.policy.layers import decoder_spec, rope_angles, segments
+from megatron_cppo.families import towers
+from megatron_cppo.policy.attention import Deepstack, segments
+from megatron_cppo.policy.groups import Groups, expert_tensor_parallel
+from megatron_cppo.policy.layers import decoder_spec, rope_angles, where_rope_looks
+from megatron_cppo.policy.split import Split
+from megatron_cppo.policy.vision import Encoder, Handover, Kept, Pixels
 from megatron_cppo.types import MicroBatch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def family(shape: ModelShape) -> Any:
-    """The module of `shape`'s model family: RULES, DECODER, vision_tower."""
-    return importlib.import_module(f"megatron_cppo.policy.models.{shape.family}")
 
 
 def _overrides(pairs: tuple[str, ...], taken: dict[str, Any]) -> dict[str, Any]:
@@ -72,7 +67,7 @@ def _parse(text: str) -> object:
     return text
 
 
-def decoder_config(shape: ModelShape, policy: PolicyConfig, *, layers_per_stage: tuple[int, ...]) -> TransformerConfig:
+def decoder_config(shape: ModelShape, policy: PolicyConfig, *, layers_per_chunk: tuple[int, ...]) -> TransformerConfig:
     """Megatron-Core's config of the decoder, for `policy`'s layout. Nothing but what correctness needs is switched."""
     dtype = DTYPES[policy.precision]
     recompute = {
@@ -91,14 +86,18 @@ def decoder_config(shape: ModelShape, policy: PolicyConfig, *, layers_per_stage:
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "tensor_model_parallel_size": policy.tensor_parallel,
+        "context_parallel_size": policy.context_parallel,
+        "expert_model_parallel_size": policy.expert_parallel,
+        "expert_tensor_parallel_size": expert_tensor_parallel(policy),
         "pipeline_model_parallel_size": policy.pipeline_parallel,
-        "pipeline_model_parallel_layout": _stages(layers_per_stage),
+        "pipeline_model_parallel_layout": _stages(layers_per_chunk),
         "sequence_parallel": policy.sequence_parallel,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
         "variable_seq_lengths": True,
         "moe_token_dispatcher_type": "alltoall",  # the default one refuses variable lengths, even without experts
+        **_interleaved(policy),
         "calculate_per_token_loss": True,
         "use_cpu_initialization": policy.device == "cpu",
         "gradient_accumulation_fusion": False,
@@ -107,13 +106,20 @@ def decoder_config(shape: ModelShape, policy: PolicyConfig, *, layers_per_stage:
         "masked_softmax_fusion": False,
         "apply_rope_fusion": False,
         **recompute,
-        **family(shape).DECODER,
+        **families.part(shape.family, "decoder").settings(shape),
     }
     return TransformerConfig(**settings, **_overrides(policy.megatron_overrides, settings))
 
 
+def _interleaved(policy: PolicyConfig) -> dict[str, Any]:
+    """What the interleaved schedule needs: with two stages the next is also the previous one, and in one batch of
+    messages to it, which Megatron-Core sends by default, activations and gradients would be taken for each other.
+    """
+    return {"overlap_p2p_comm": True, "batch_p2p_comm": False} if policy.virtual_pipeline > 1 else {}
+
+
 def _stages(layers: tuple[int, ...]) -> list[list[str]] | None:
-    """Megatron-Core's description of the stages; None for a single one."""
+    """Megatron-Core's description of the stages or their chunks, in the order of the model; None for a single one."""
     if len(layers) == 1:
         return None
     stages = [["decoder"] * count for count in layers]
@@ -121,7 +127,8 @@ def _stages(layers: tuple[int, ...]) -> list[list[str]] | None:
 
 
 class VisionLanguageModel(MegatronModule):
-    """One stage of the policy: `visual` (first stage) and `language_model`.
+    """One stage of the policy, or one of a stage's chunks under a virtual pipeline: `language_model`, and on the first
+    `visual`.
 
     With tied embeddings the last of several stages holds a copy, which Megatron-Core keeps equal: the copies'
     gradients are summed, and `shared` ones count once in the gradient norm.
@@ -134,31 +141,49 @@ class VisionLanguageModel(MegatronModule):
         config: TransformerConfig,
         model: ModelConfig,
         padded_vocab_size: int,
-        pixels: vision.Pixels,
+        pixels: Pixels,
         groups: Groups,
         device: torch.device,
+        chunk: int | None = None,
+        recompute_vision: bool = False,
     ) -> None:
+        """`chunk` is the virtual pipeline's; None without one."""
         super().__init__(config)
-        self.shape, self.groups, self.pixels, self.device = shape, groups, pixels, device
-        self.train_vision = model.train_vision
-        self.pre_process = groups.is_first_stage
-        self.post_process = groups.is_last_stage
+        self.vp_stage = chunk  # the schedules compare it with theirs
+        self.shape, self.groups, self.device = shape, groups, device
+        last = (config.virtual_pipeline_model_parallel_size or 1) - 1
+        self.pre_process = groups.is_first_stage and (chunk or 0) == 0
+        self.post_process = groups.is_last_stage and (chunk is None or chunk == last)
         self.share_embeddings_and_output_weights = shape.tied
         self.model_type = ModelType.encoder_or_decoder
+        self._rope_axes = families.part(shape.family, "decoder").rope_axes(shape)
+        self.kept = None if model.train_vision else Kept()
+        """What a frozen tower has encoded in this step."""
         if self.pre_process:
-            self.visual = family(shape).vision_tower(model.path, device=device)
+            self.visual = families.part(shape.family, "vision").tower(model.path, device=device)
             self.visual.requires_grad_(model.train_vision)
+            if recompute_vision:
+                towers.recompute(self.visual)
+            self._encoder = Encoder(
+                tower=self.visual,
+                pixels=pixels,
+                ranks=groups.tensor_context,
+                sharers=groups.tensor_context if config.sequence_parallel else groups.context,
+                num_features=1 + len(shape.vision.deepstack_depths),
+                kept=self.kept,
+            )
+        num_layers = get_num_layers_to_build(config, vp_stage=chunk, pp_rank=groups.pipeline.rank())
         self.language_model = GPTModel(
             config,
-            decoder_spec(get_num_layers_to_build(config, pp_rank=groups.pipeline.rank())),
+            decoder_spec(config, num_layers, device),
             padded_vocab_size,
             max_sequence_length=0,
             pre_process=self.pre_process,
             post_process=self.post_process,
             share_embeddings_and_output_weights=shape.tied,
             position_embedding_type="none",
-            scatter_embedding_sequence_parallel=False,
             pg_collection=groups.collection,
+            vp_stage=chunk,
         )
         for parameter in self.parameters():
             # Parameters only: the towers' fp32 buffers (rotary frequencies) keep their precision.
@@ -179,79 +204,42 @@ class VisionLanguageModel(MegatronModule):
         return self.language_model.output_layer.weight
 
     def forward(self, row: MicroBatch) -> Tensor:
-        """Hidden states [T, 1, H] of a packed row after the final norm ([T / TP, 1, H] under sequence parallelism)."""
-        embedded = self._embed(row) if self.pre_process else None
+        """Hidden states [L, 1, H] of this rank's tokens of a packed row; on the last stage after the final norm.
+
+        Communicates over TP and CP.
+        """
+        context, parallel = self.groups.context, self.config.sequence_parallel
+        split = Split.of(row.cu_seqlens_S, self.groups, sequence_parallel=parallel)
+        parameters = segments(row.cu_seqlens_S, row.max_seqlen, context, self.device)
+        embedded_L1H = None
+        if self.pre_process:
+            embedded_L1H, parameters.deepstack = self._embed(row, split)
         angles = rope_angles(
-            row.positions_3T.to(self.device),
+            row.positions_3T[:, split.context_C].to(self.device),
             head_size=self.shape.head_size,
             theta=self.shape.rope_theta,
-            section=self.shape.mrope_section,
+            axes=self._rope_axes,
         )
         return self.language_model.decoder(
-            hidden_states=embedded,
+            hidden_states=embedded_L1H,
             attention_mask=None,
-            rotary_pos_emb=angles,
-            packed_seq_params=segments(row.cu_seqlens_S, row.max_seqlen, self.device),
+            rotary_pos_emb=where_rope_looks(angles, context),
+            packed_seq_params=parameters,
         )
 
-    def _embed(self, row: MicroBatch) -> Tensor:
-        ids_1T = row.token_ids_T.to(self.device)[None]
-        embedded_T1H = self.language_model.embedding(input_ids=ids_1T, position_ids=None)
-        if row.images:
-            features_FH = vision.encode(
-                self.visual,
-                row.images,
-                row.grids,
-                pixels=self.pixels,
-                group=self.groups.tensor,
-                trainable=self.train_vision,
-            )
-            features_FH = features_FH.index_select(0, row.feature_rows_F.to(self.device)).to(embedded_T1H.dtype)
-            slots_F = row.feature_slots_F.to(self.device)
-            embedded_T1H = embedded_T1H.index_copy(0, slots_F, features_FH[:, None])
-        if self.config.sequence_parallel:
-            embedded_T1H = tensor_parallel.scatter_to_sequence_parallel_region(embedded_T1H, group=self.groups.tensor)
-        return embedded_T1H
-
-
-@dataclass(frozen=True, slots=True)
-class HeadSettings:
-    """What turns logits into the distribution that was sampled from, and what computes with it."""
-
-    temperature: float
-    banned_ids: tuple[int, ...]
-    backend: str
-
-
-class Head:
-    """Token statistics from the hidden states of one row, on vocabulary shards; what an objective calls.
-
-    The hidden states enter the TP region once: its backward sums the ranks' partial gradients, by one collective.
-    """
-
-    def __init__(self, model: VisionLanguageModel, hidden_T1H: Tensor, settings: HeadSettings) -> None:
-        group = model.groups.tensor
-        if model.config.sequence_parallel:
-            hidden_T1H = tensor_parallel.gather_from_sequence_parallel_region(hidden_T1H, group=group)
-        else:
-            hidden_T1H = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_T1H, group=group)
-        self.hidden_TH = hidden_T1H[:, 0]
-        self.weight_VH = model.head_weight()
-        common: dict[str, Any] = {
-            "group": group,
-            "vocab_size": model.shape.vocab_size,
-            "temperature": settings.temperature,
-            "banned_ids": settings.banned_ids,
-            "backend": settings.backend,
-        }
-        self._statistics = partial(linear_statistics, **common)
-        self._divergence = partial(linear_divergence, **common)
-
-    def statistics(self, rows_N: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probs of `targets_N` and entropies, [N] fp32, predicted at positions `rows_N` of the row."""
-        return self._statistics(self.hidden_TH.index_select(0, rows_N), self.weight_VH, targets_N)
-
-    def divergence(self, rows_N: Tensor, other_rows_N: Tensor, *, stop_gradient_other: bool) -> Tensor:
-        """Exact KL [N] between the distributions at `rows_N` and at `other_rows_N`."""
-        p_NH, q_NH = self.hidden_TH.index_select(0, rows_N), self.hidden_TH.index_select(0, other_rows_N)
-        return self._divergence(p_NH, q_NH, self.weight_VH, stop_gradient_q=stop_gradient_other)
+    def _embed(self, row: MicroBatch, split: Split) -> tuple[Tensor, tuple[Deepstack, ...]]:
+        """Embeddings [L, 1, H] of this rank's tokens, images in their places, and what later layers will add."""
+        ids_1C = row.token_ids_T[split.context_C].to(self.device)[None]
+        embedded_L1H = self.language_model.embedding(input_ids=ids_1C, position_ids=None)
+        if not row.images:
+            return embedded_L1H, ()
+        features_FKH = self._encoder(row.images, row.grids)
+        chosen, places = (index.to(self.device) for index in split.local(row.feature_slots_F))
+        rows = row.feature_rows_F.to(self.device)[chosen]
+        first_FH, *deeper = features_FKH.index_select(0, rows).to(embedded_L1H.dtype).unbind(1)
+        embedded_L1H = embedded_L1H.index_copy(0, places, first_FH[:, None])
+        if not deeper:
+            return embedded_L1H, ()
+        proxies = [features.detach().requires_grad_(features.requires_grad) for features in deeper]
+        embedded_L1H = Handover.apply(embedded_L1H, proxies, *deeper)
+        return embedded_L1H, tuple(Deepstack(places, proxy) for proxy in proxies)

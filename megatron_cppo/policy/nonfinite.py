@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_cppo.policy import step, weights
+from megatron_cppo.policy.build import Trained
 from megatron_cppo.policy.model import VisionLanguageModel
 from megatron_cppo.policy.policy import Policy
 from megatron_cppo.types import Batch
 
 SHOWN_PARAMETERS = 4
-_LAYER = re.compile(r"(language_model\.decoder\.layers\.)(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,29 +85,30 @@ class _Watched:
 
     def __init__(self, num_rows: int) -> None:
         self._num_rows = num_rows
-        self._started = 0
+        self._started: Counter[int] = Counter()
+        self._row = 0
         self._inside = False
         self.backward_row = 0
         self.modules: dict[int, tuple[str, bool]] = {}
         self.gradients: dict[int, list[str]] = {}
 
-    def start_row(self, *_: Any) -> None:
-        self._started += 1
+    def start_row(self, chunk: Any, *_: Any) -> None:
+        self._row = self._started[id(chunk)] % self._num_rows
+        self._started[id(chunk)] += 1
         self._inside = True
 
     def end_row(self, _module: Any, _inputs: Any, output: Tensor) -> None:
         self._inside = False
         if output.requires_grad:
-            output.register_hook(partial(self._start_backward, (self._started - 1) % self._num_rows))
+            output.register_hook(partial(self._start_backward, self._row))
 
     def _start_backward(self, row: int, _: Tensor) -> None:
         self.backward_row = row
 
     def see_output(self, name: str, _module: Any, inputs: Any, kwargs: Any, output: Any) -> None:
-        row = (self._started - 1) % self._num_rows
         # Activations that are computed again in backward were seen before.
-        if self._inside and row not in self.modules and not _finite(output):
-            self.modules[row] = (name, _finite(inputs) and _finite(kwargs))
+        if self._inside and self._row not in self.modules and not _finite(output):
+            self.modules[self._row] = (name, _finite(inputs) and _finite(kwargs))
 
     def see_gradient(self, name: str, gradient: Tensor) -> None:
         if not bool(gradient.isfinite().all()):
@@ -122,7 +123,7 @@ def examine(policy: Policy, batch: Batch, update: int, advance: Callable[[int], 
     trained, groups = policy.trained, policy.groups
     mini = batch.updates[update]
     rows = mini.microbatches[groups.data_rank]
-    with _hooks(trained.model, len(rows)) as watched:
+    with _hooks(trained, len(rows)) as watched:
         kept = step.gradients(trained, batch, mini, policy.settings, advance)
     trained.optimizer.prepare_grads()
     grad_norm = float(trained.optimizer.get_grad_norm())
@@ -131,12 +132,12 @@ def examine(policy: Policy, batch: Batch, update: int, advance: Callable[[int], 
     )
     rank, replica = dist.get_rank(), groups.data_rank
     mine = {
-        "weights": [n for n, p in _named_parameters(trained.model) if not bool(p.isfinite().all())],
+        "weights": [n for n, p in _named_parameters(trained) if not bool(p.isfinite().all())],
         "modules": [Place(rank, replica, row, (n,), here) for row, (n, here) in sorted(watched.modules.items())],
         "gradients": [
             Place(rank, replica, row, tuple(names[:SHOWN_PARAMETERS])) for row, names in watched.gradients.items()
         ],
-        "reduced": [n for n, p in _named_parameters(trained.model) if _bad_gradient(p)],
+        "reduced": [n for n, p in _named_parameters(trained) if _bad_gradient(p)],
     }
     every: list[Any] = [None] * groups.world.size()
     dist.all_gather_object(every, mine, group=groups.world)
@@ -154,20 +155,22 @@ def examine(policy: Policy, batch: Batch, update: int, advance: Callable[[int], 
 
 
 @contextmanager
-def _hooks(model: VisionLanguageModel, num_rows: int) -> Iterator[_Watched]:
+def _hooks(trained: Trained, num_rows: int) -> Iterator[_Watched]:
     watched = _Watched(num_rows)
-    names = _module_names(model)
-    handles: list[Any] = [
-        module.register_forward_hook(partial(watched.see_output, names[name]), with_kwargs=True)
-        for name, module in model.named_modules()
-        if name
-    ]
-    # Before and after those of the modules inside.
-    handles.append(model.register_forward_pre_hook(watched.start_row))
-    handles.append(model.register_forward_hook(watched.end_row))
+    handles: list[Any] = []
+    for chunk in trained.chunks:
+        names = _module_names(chunk)
+        handles += [
+            module.register_forward_hook(partial(watched.see_output, names[name]), with_kwargs=True)
+            for name, module in chunk.named_modules()
+            if name
+        ]
+        # Before and after those of the modules inside.
+        handles.append(chunk.register_forward_pre_hook(watched.start_row))
+        handles.append(chunk.register_forward_hook(watched.end_row))
     handles += [
         parameter.register_hook(partial(watched.see_gradient, name))
-        for name, parameter in _named_parameters(model)
+        for name, parameter in _named_parameters(trained)
         if parameter.requires_grad
     ]
     try:
@@ -177,22 +180,20 @@ def _hooks(model: VisionLanguageModel, num_rows: int) -> Iterator[_Watched]:
             handle.remove()
 
 
-def _named_parameters(model: VisionLanguageModel) -> Iterator[tuple[str, Tensor]]:
+def _named_parameters(trained: Trained) -> Iterator[tuple[str, Tensor]]:
     """Each parameter with the names of the Hugging Face tensors that it is made of."""
-    return ((" + ".join(binding.hf_names), binding.parameter) for binding in weights.bindings(model))
+    bound = weights.bindings(trained.chunks)
+    return ((" + ".join(binding.hf_names), binding.parameter) for binding in bound)
 
 
-def _module_names(model: VisionLanguageModel) -> dict[str, str]:
+def _module_names(chunk: VisionLanguageModel) -> dict[str, str]:
     """What each module is called: by the Hugging Face tensors of its own weights, where it has some."""
-    layers = model.language_model.decoder.layers
-    hf_names = {id(binding.parameter): binding.hf_names for binding in weights.bindings(model)}
+    hf_names = {id(binding.parameter): binding.hf_names for binding in weights.bindings([chunk])}
     names = {}
-    for name, module in model.named_modules():
+    for name, module in chunk.named_modules():
         own = [hf for parameter in module.parameters(recurse=False) for hf in hf_names.get(id(parameter), ())]
         stems = dict.fromkeys(hf.rpartition(".")[0] or hf for hf in own)
-        names[name] = " + ".join(stems) or _LAYER.sub(
-            lambda match: f"{match[1]}{layers[int(match[2])].layer_number - 1}", name
-        )
+        names[name] = " + ".join(stems) or weights.global_name(chunk, name)
     return names
 
 

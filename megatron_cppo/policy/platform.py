@@ -29,6 +29,7 @@ def activate(device: str) -> torch.device:
         if first:
             _replace_cuda_calls()
             _replace_random_state()
+            _replace_expert_calls()
         return CPU
     return torch.device("cuda", torch.cuda.current_device())
 
@@ -113,3 +114,20 @@ def _replace_random_state() -> None:
     module: Any = megatron_random
     module._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     module._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+
+def _replace_expert_calls() -> None:
+    """What Megatron-Core 0.16.1's experts need: a name that is undefined without Transformer Engine, and counts of
+    tokens as numbers, which it makes of a GPU's tensors only.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core.transformer.moe import moe_utils, token_dispatcher
+    modules: tuple[Any, Any] = (moe_utils, token_dispatcher)
+    modules[0].te_general_gemm = None
+
+    def as_counted(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    for module in modules:
+        module.maybe_move_tensor_to_cpu = as_counted

@@ -15,7 +15,7 @@ from megatron_cppo.config import Config
 from megatron_cppo.plan import Plan
 from megatron_cppo.policy import checkpoint, export, groups, platform, step, weights
 from megatron_cppo.policy.build import build
-from megatron_cppo.policy.model import HeadSettings
+from megatron_cppo.policy.head import HeadSettings
 from megatron_cppo.policy.reference import Reference
 from megatron_cppo.policy.vision import Pixels
 from megatron_cppo.types import Batch, MicroBatch, SampleStatistics
@@ -41,7 +41,7 @@ class Policy:
             groups=self.groups,
             device=device,
         )
-        self.trained.model.config.finalize_model_grads_func = step.finalize_gradients(self.groups)
+        self.trained.config.finalize_model_grads_func = step.finalize_gradients(self.groups)
         self.settings = step.LossSettings(
             objective=OBJECTIVES[config.algorithm.objective],
             algorithm=config.algorithm,
@@ -55,7 +55,7 @@ class Policy:
             ),
         )
         on_host = config.policy.reference == "host"
-        self._reference = Reference(self.trained.model, on_host=on_host) if plan.uses_reference else None
+        self._reference = Reference(self.trained.parameters(), on_host=on_host) if plan.uses_reference else None
         self._seen: list[step.Seen] = []
         self.skipped: tuple[int, ...] = ()
         """The mini-batches of the last `update` that changed nothing, as their loss or gradient was not finite."""
@@ -86,11 +86,15 @@ class Policy:
             metrics, seen = step.update(self.trained, batch, mini, self.settings, advance)
             every.append(metrics)
             self._seen += seen
+        for chunk in self.trained.chunks:
+            if chunk.kept is not None:
+                chunk.kept.clear()
         self.skipped = tuple(i for i, metrics in enumerate(every) if metrics["optim/skipped_updates"])
         return _averages(every) | {
             "optim/skipped_updates": float(len(self.skipped)),
             "tokens/vision": float(_vision_tokens(batch)),
             "tokens/segments": float(_row_tokens(batch)),
+            **({"data/oversized_samples": float(len(batch.oversized))} if batch.oversized else {}),
         }
 
     def statistics(self) -> list[SampleStatistics]:
@@ -101,11 +105,11 @@ class Policy:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Whole tensors under official Hugging Face names, on every rank. Communicates over TP and PP."""
-        return weights.stream(self.trained.model)
+        return weights.stream(self.trained.chunks)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Whole gradients of the last update, named like the weights (needs `distributed_optimizer` off with DP)."""
-        return weights.stream(self.trained.model, _main_gradient)
+        return weights.stream(self.trained.chunks, _main_gradient)
 
     def export(self, folder: Path) -> None:
         """Write the weights as a Hugging Face folder; side files are the source checkpoint's, verbatim.

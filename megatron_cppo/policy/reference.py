@@ -6,7 +6,7 @@ time, so that the device never holds both sets.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,10 +14,10 @@ from torch import nn
 
 
 class Reference:
-    """The weights of `model` as they are when this is made, kept on the device or in host memory."""
+    """The weights of `parameters` as they are when this is made, kept on the device or in host memory."""
 
-    def __init__(self, model: nn.Module, *, on_host: bool) -> None:
-        self._parameters = list(model.parameters())
+    def __init__(self, parameters: Iterable[nn.Parameter], *, on_host: bool) -> None:
+        self._parameters = list(parameters)
         self._on_host = on_host
         place = torch.device("cpu") if on_host else self._parameters[0].device
         self._weights = [p.detach().to(place, copy=True) for p in self._parameters]

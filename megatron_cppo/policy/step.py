@@ -25,7 +25,7 @@ from megatron_cppo.algo.objective import Counts, Objective, Outcome, Tokens
 from megatron_cppo.config import AlgorithmConfig, PerceptionConfig
 from megatron_cppo.policy.build import Trained
 from megatron_cppo.policy.groups import Groups
-from megatron_cppo.policy.model import Head, HeadSettings
+from megatron_cppo.policy.head import Head, HeadSettings
 from megatron_cppo.types import Batch, MicroBatch, MiniBatch, SampleStatistics
 
 RowFunction = Callable[[MicroBatch, Head], tuple[Tensor, Any]]
@@ -83,34 +83,37 @@ def run_rows(
 ) -> list[Any]:
     """Run `rows` through the schedule; returns what `function` kept of each on the last stage, else nothing.
 
-    `advance(n)` hears of n more rows of this stage.
+    `advance(n)` hears of n more rows that this stage has sent on.
     """
+
+    last = trained.chunks[-1]
 
     def forward_step(iterator: Iterator[MicroBatch], wrapped: Any) -> tuple[Tensor, Any]:
         row = next(iterator)
 
-        def loss(hidden_T1H: Tensor) -> tuple[Tensor, Tensor, Any]:
-            value, kept = function(row, Head(trained.model, hidden_T1H, head))
+        def loss(hidden_L1H: Tensor) -> tuple[Tensor, Tensor, Any]:
+            value, kept = function(row, Head(last, row, hidden_L1H, head))
             return value, torch.zeros((), dtype=torch.int, device=value.device), kept
 
-        hidden_T1H = wrapped(row)
-        advance(1)
-        return hidden_T1H, loss
+        hidden_L1H = wrapped(row)
+        if wrapped is trained.wrapped[-1]:
+            advance(1)
+        return hidden_L1H, loss
 
-    pipeline = trained.model.groups.pipeline
-    neighbours = P2PCommunicator(pipeline, trained.model.config) if pipeline.size() > 1 else None
-    schedule = get_forward_backward_func(pp_size=pipeline.size())
+    pipeline, several = trained.groups.pipeline, len(trained.wrapped) > 1
+    neighbours = P2PCommunicator(pipeline, trained.config) if pipeline.size() > 1 else None
+    schedule = get_forward_backward_func(pp_size=pipeline.size(), vp_size=len(trained.wrapped) if several else None)
     with torch.set_grad_enabled(not forward_only):
         return schedule(
             forward_step_func=forward_step,
-            data_iterator=iter(rows),
-            model=[trained.wrapped],
+            data_iterator=[iter(rows) for _ in trained.wrapped] if several else iter(rows),
+            model=list(trained.wrapped),
             num_microbatches=len(rows),
             seq_length=1,
             micro_batch_size=1,
             forward_only=forward_only,
             p2p_communicator=neighbours,
-            pg_collection=trained.model.groups.collection,
+            pg_collection=trained.groups.collection,
         )
 
 
@@ -120,11 +123,10 @@ def score(trained: Trained, batch: Batch, *, head: HeadSettings, advance: Callab
     Communicates: each replica scores its rows, all ranks receive all.
     """
     assert batch.scoring is not None, "the batch was planned without a scoring pass"
-    groups = trained.model.groups
+    groups = trained.groups
 
     def rows_logp(row: MicroBatch, rows_head: Head) -> tuple[Tensor, dict[int, Tensor]]:
-        device = rows_head.hidden_TH.device
-        logp_N, _ = rows_head.statistics(row.rows_original_N.to(device), row.targets_N.to(device))
+        logp_N, _ = rows_head.statistics(row.rows_original_N.to(trained.device), row.targets_N.to(trained.device))
         pieces = logp_N.detach().cpu().split(torch.bincount(row.sample_N, minlength=len(row.sample_ids)).tolist())
         return logp_N.sum(), {i: piece.clone() for i, piece in zip(row.sample_ids, pieces, strict=True) if i >= 0}
 
@@ -146,7 +148,7 @@ def update(
     """
     kept = gradients(trained, batch, mini, settings, advance)
     losses = [outcome.loss for _, outcome in kept]
-    metrics = reduce_metrics([outcome.metrics for _, outcome in kept], trained.model.groups)
+    metrics = reduce_metrics([outcome.metrics for _, outcome in kept], trained.groups)
     grad_norm, applied = _apply(trained, losses)
     metrics["optim/grad_norm"] = grad_norm
     metrics["optim/learning_rate"] = float(trained.optimizer.param_groups[0]["lr"])
@@ -158,17 +160,18 @@ def gradients(
     trained: Trained, batch: Batch, mini: MiniBatch, settings: LossSettings, advance: Callable[[int], None] = ignore
 ) -> list[Seen]:
     """Leave `mini`'s reduced gradients in the model's gradient buffers; returns what the last stage saw."""
-    groups = trained.model.groups
+    groups = trained.groups
     counts = _counts(trained, batch, mini, settings)
 
     def contribution(row: MicroBatch, head: Head) -> tuple[Tensor, Seen]:
-        tokens = response_tokens(row, batch, trained.model.device)
+        tokens = response_tokens(row, batch, trained.device)
         outcome = settings.objective.loss(tokens, head, counts, settings.algorithm, settings.perception)
         _add_engine_gap(row, batch, tokens, outcome)
         loss, outcome.loss = outcome.loss, outcome.loss.detach()  # what is kept must not keep the graph
         return loss, (row, outcome)
 
-    trained.wrapped.zero_grad_buffer()
+    for wrapped in trained.wrapped:
+        wrapped.zero_grad_buffer()
     trained.optimizer.zero_grad()
     rows = mini.microbatches[groups.data_rank]
     return run_rows(trained, rows, contribution, head=settings.head, forward_only=False, advance=advance)
@@ -181,8 +184,8 @@ def _apply(trained: Trained, losses: Sequence[Tensor]) -> tuple[float, bool]:
     them; losses are known to the last stage alone.
     """
     optimizer = trained.optimizer
-    unusable = torch.tensor(float(not all(bool(loss.isfinite()) for loss in losses)), device=trained.model.device)
-    dist.all_reduce(unusable, op=dist.ReduceOp.MAX, group=trained.model.groups.world)
+    unusable = torch.tensor(float(not all(bool(loss.isfinite()) for loss in losses)), device=trained.device)
+    dist.all_reduce(unusable, op=dist.ReduceOp.MAX, group=trained.groups.world)
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
     if unusable or not math.isfinite(grad_norm):
@@ -194,7 +197,7 @@ def _apply(trained: Trained, losses: Sequence[Tensor]) -> tuple[float, bool]:
 
 def _counts(trained: Trained, batch: Batch, mini: MiniBatch, settings: LossSettings) -> Counts:
     """The mini-batch's counts; the "global" aggregation needs a counting pass, one more forward of its rows."""
-    groups = trained.model.groups
+    groups = trained.groups
     counts = partial(
         Counts,
         num_tokens=mini.num_tokens,
@@ -210,7 +213,7 @@ def _counts(trained: Trained, batch: Batch, mini: MiniBatch, settings: LossSetti
     uncounted = dataclasses.replace(settings.perception, aggregation="sample")
 
     def masked(row: MicroBatch, head: Head) -> tuple[Tensor, int]:
-        tokens = response_tokens(row, batch, trained.model.device)
+        tokens = response_tokens(row, batch, trained.device)
         outcome = settings.objective.loss(tokens, head, counts(), settings.algorithm, uncounted)
         return outcome.loss, 0 if outcome.mask_N is None else int(outcome.mask_N.sum())
 

@@ -1,86 +1,166 @@
-"""The vision tower, data-parallel inside the tensor-parallel group.
+"""The vision tower, data-parallel inside the group of TP x CP ranks.
 
-The tower is the Hugging Face module, replicated. The distinct images of a microbatch are dealt out over the TP ranks
-by patch count; every rank gathers all features. A feature's gradient is already complete on every TP rank, so the
-gather's backward is a slice, and the tower's parameter gradients are *summed* over TP after backward (`step.py`).
-Legend: I images, P patches, C numbers of one patch, F image tokens, H hidden size.
+The tower is the Hugging Face module, replicated on the first stage. The distinct images of a row are dealt out over the
+ranks by patch count; all ranks gather all features, and take those whose tokens they hold. A rank's gradient of the
+features covers its own tokens, so the gather's backward adds up the ranks that cut the row (CP, and TP under sequence
+parallelism; without it TP ranks hold the same tokens and the same gradient) and keeps the rank's own images. The
+tower's parameter gradients are summed over TP after backward (`step.py`), and over CP by DDP.
+Legend: I images, P patches, C numbers of one patch, F image tokens, H hidden size, K deepstack features.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_cppo.families import towers
 from megatron_cppo.types import ImageGrid, ImageKey
 
 Pixels = Callable[[ImageKey], Tensor]
 """Processed patches [P, C] of an image, fp32."""
+CACHED_BYTES = 2 * 2**30
 
 
-def deal(grids: Sequence[ImageGrid], num_ranks: int) -> list[list[int]]:
+def deal(patches: Sequence[int], num_ranks: int) -> list[list[int]]:
     """Which images each rank encodes: largest first, to the rank with the fewest patches so far."""
     loads, hands = [0] * num_ranks, [[] for _ in range(num_ranks)]
-    for image in sorted(range(len(grids)), key=lambda i: -grids[i].num_patches):
+    for image in sorted(range(len(patches)), key=lambda i: -patches[i]):
         rank = min(range(num_ranks), key=loads.__getitem__)
-        loads[rank] += grids[image].num_patches
+        loads[rank] += patches[image]
         hands[rank].append(image)
     return hands
 
 
-class _GatherFeatures(torch.autograd.Function):
-    """[f, H] of this rank -> [ranks, longest, H] of all; backward: this rank's slice (gradients are complete)."""
-
-    @staticmethod
-    def forward(ctx: Any, mine_fH: Tensor, longest: int, group: dist.ProcessGroup) -> Tensor:
-        ctx.rank, ctx.count = group.rank(), mine_fH.shape[0]
-        padded = mine_fH.new_zeros(longest, mine_fH.shape[1])
-        padded[: ctx.count] = mine_fH
-        gathered = padded.new_empty(group.size() * longest, mine_fH.shape[1])
-        dist.all_gather_into_tensor(gathered, padded, group=group)
-        return gathered.unflatten(0, (group.size(), longest))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyrefly: ignore[bad-override]
-        return grad[ctx.rank, : ctx.count], None, None
+def deal_for_good(images: Sequence[ImageKey], num_ranks: int) -> list[list[int]]:
+    """Which images each rank encodes when features are kept: an image belongs to the same rank in every row."""
+    hands: list[list[int]] = [[] for _ in range(num_ranks)]
+    for number, key in enumerate(images):
+        hands[(key.row + key.index) % num_ranks].append(number)
+    return hands
 
 
-def encode(
-    tower: nn.Module,
-    images: Sequence[ImageKey],
-    grids: Sequence[ImageGrid],
-    *,
-    pixels: Pixels,
-    group: dist.ProcessGroup,
-    trainable: bool,
-) -> Tensor:
-    """Features [F, H] of `images`, in their order, on every rank of `group`.
+@dataclass(slots=True)
+class Kept:
+    """Features [1 + K, F, H] of a frozen tower that this rank has encoded in this step, up to `CACHED_BYTES`."""
 
-    Communicates: all ranks of the group enter, whether they hold images or not. A frozen tower runs without gradient.
+    features: dict[ImageKey, Tensor] = field(default_factory=dict)
+    num_bytes: int = 0
+
+    def keep(self, key: ImageKey, features: Tensor) -> None:
+        if self.num_bytes + features.nbytes <= CACHED_BYTES:
+            self.features[key] = features
+            self.num_bytes += features.nbytes
+
+    def clear(self) -> None:
+        self.features.clear()
+        self.num_bytes = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """The tower with its ranks: `ranks` (TP x CP) share the images, `sharers` (CP, or `ranks` under sequence
+    parallelism) each hold some of the tokens. `kept` is None for a tower that is trained.
     """
-    hands = deal(grids, group.size())
-    hand = hands[group.rank()]
-    with torch.set_grad_enabled(trainable and torch.is_grad_enabled()):
-        mine = _run(tower, [pixels(images[i]) for i in hand], [grids[i] for i in hand])
-    if group.size() == 1:
-        ordered = mine.split([grids[i].num_tokens for i in hand])
-        return torch.cat([ordered[hand.index(i)] for i in range(len(images))])
-    counts = [[grids[i].num_tokens for i in hand] for hand in hands]
-    gathered = _GatherFeatures.apply(mine, max(sum(row) for row in counts), group)
-    pieces: dict[int, Tensor] = {}
-    for rank, hand in enumerate(hands):
-        parts = gathered[rank, : sum(counts[rank])].split(counts[rank])
-        pieces.update(zip(hand, parts, strict=True))
-    return torch.cat([pieces[i] for i in range(len(images))])
+
+    tower: nn.Module
+    pixels: Pixels
+    ranks: dist.ProcessGroup
+    sharers: dist.ProcessGroup
+    num_features: int
+    kept: Kept | None
+
+    def __call__(self, images: Sequence[ImageKey], grids: Sequence[ImageGrid]) -> Tensor:
+        """Features [F, 1 + K, H] of `images`, in their order, on every rank.
+
+        Communicates: all ranks enter, whether they hold images or not, forward and backward.
+        """
+        if self.kept is None:
+            hands = deal([grid.num_patches for grid in grids], self.ranks.size())
+        else:
+            hands = deal_for_good(images, self.ranks.size())
+        hand = hands[self.ranks.rank()]
+        with torch.set_grad_enabled(self.kept is None and torch.is_grad_enabled()):
+            mine = self._encode([images[i] for i in hand], [grids[i] for i in hand])
+        counts = [[grids[i].num_tokens for i in hand] for hand in hands]
+        most = max(sum(row) for row in counts)
+        if self.ranks.size() == 1:
+            gathered = mine[None]
+        else:
+            if self.kept is None:
+                # A rank without images must take part in the backward's sum too.
+                mine = mine if mine.requires_grad or not torch.is_grad_enabled() else mine.requires_grad_()
+            gathered = _GatherFeatures.apply(mine, most, self.ranks, self.sharers)
+        pieces: dict[int, Tensor] = {}
+        for rank, hand in enumerate(hands):
+            parts = gathered[rank, : sum(counts[rank])].split(counts[rank])
+            pieces.update(zip(hand, parts, strict=True))
+        return torch.cat([pieces[i] for i in range(len(images))])
+
+    def _encode(self, images: Sequence[ImageKey], grids: Sequence[ImageGrid]) -> Tensor:
+        """[F, 1 + K, H] of this rank's images."""
+        new = [i for i, key in enumerate(images) if self.kept is None or key not in self.kept.features]
+        found = dict(zip(new, self._run([images[i] for i in new], [grids[i] for i in new]), strict=True))
+        for i, features in found.items():
+            if self.kept is not None:
+                self.kept.keep(images[i], features)
+        parts = [found[i] if i in found else self.kept.features[key] for i, key in enumerate(images)]  # type: ignore[union-attr]
+        if parts:
+            return torch.cat(parts)
+        tower: Any = self.tower
+        weight = next(tower.parameters())
+        return weight.new_zeros(0, self.num_features, tower.config.out_hidden_size)
+
+    def _run(self, images: Sequence[ImageKey], grids: Sequence[ImageGrid]) -> Sequence[Tensor]:
+        """One pass of the tower over these images: [F, 1 + K, H] of each."""
+        if not images:
+            return ()
+        weight = next(self.tower.parameters())
+        pixels_PC = torch.cat([self.pixels(key) for key in images]).to(weight)
+        shape_I3 = torch.tensor([(g.frames, g.height, g.width) for g in grids], device=weight.device)
+        features = torch.stack(towers.features(self.tower, pixels_PC, shape_I3), dim=1)
+        return features.split([grid.num_tokens for grid in grids])
 
 
-def _run(tower: Any, pixels: Sequence[Tensor], grids: Sequence[ImageGrid]) -> Tensor:
-    weight = next(tower.parameters())
-    if not pixels:
-        return weight.new_zeros(0, tower.config.out_hidden_size)
-    pixels_PC = torch.cat(list(pixels)).to(weight)
-    shape_I3 = torch.tensor([(g.frames, g.height, g.width) for g in grids], device=weight.device)
-    return tower(pixels_PC, grid_thw=shape_I3).pooler_output
+class _GatherFeatures(torch.autograd.Function):
+    """[f, 1 + K, H] of this rank -> [ranks, most, 1 + K, H] of all; backward: summed over the ranks that hold different
+    tokens, this rank's images."""
+
+    @staticmethod
+    def forward(ctx: Any, mine: Tensor, most: int, ranks: dist.ProcessGroup, sharers: dist.ProcessGroup) -> Tensor:
+        ctx.rank, ctx.count, ctx.sharers = ranks.rank(), mine.shape[0], sharers
+        padded = mine.new_zeros(most, *mine.shape[1:])
+        padded[: ctx.count] = mine
+        gathered = padded.new_empty(ranks.size() * most, *mine.shape[1:])
+        dist.all_gather_into_tensor(gathered, padded, group=ranks)
+        return gathered.unflatten(0, (ranks.size(), most))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # pyrefly: ignore[bad-override]
+        if ctx.sharers.size() > 1:
+            grad = grad.contiguous()
+            dist.all_reduce(grad, group=ctx.sharers)
+        return grad[ctx.rank, : ctx.count], None, None, None
+
+
+class Handover(torch.autograd.Function):
+    """Passes hidden states on; backward: hands the tower what the decoder's layers left in `proxies`.
+
+    Deepstack features enter decoder layers that may be computed again inside backward, each in a graph of its own; the
+    tower's graph can be gone through once only. So the layers add proxies, leaves whose gradients have all come when
+    backward reaches the first layer's input.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, proxies: Sequence[Tensor], *features: Tensor) -> Tensor:
+        ctx.proxies = proxies
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # pyrefly: ignore[bad-override]
+        gradients = [torch.zeros_like(proxy) if proxy.grad is None else proxy.grad for proxy in ctx.proxies]
+        return grad, None, *gradients

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from megatron_cppo.families import experts
 from megatron_cppo.rollout.engine import EngineError
 
 _VISION = ("visual.", "model.visual.")
@@ -47,10 +48,11 @@ def disk_name(name: str) -> str:
 def load_every_weight(module: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
     """Copy `weights` into `module`, each tensor exactly once, converted to the module's dtype and device.
 
-    Tied weights count once, under the embedding's name. Raises EngineError at the first unknown or repeated name or
-    wrong shape, and at the end for missing names; the module is then partly overwritten.
+    Experts come matrix by matrix, and are put where the module stacks them. Tied weights count once, under the
+    embedding's name. Raises EngineError at the first unknown or repeated name or wrong shape, and at the end for
+    missing names; the module is then partly overwritten.
     """
-    missing = dict(module.named_parameters())
+    missing = _places(module)
     known = set(missing)
     for name, tensor in weights:
         target = module_name(name)
@@ -68,3 +70,17 @@ def load_every_weight(module: nn.Module, weights: Iterable[tuple[str, Tensor]]) 
     if missing:
         names = ", ".join(sorted(disk_name(name) for name in list(missing)[:5]))
         raise EngineError(f"{len(missing)} weights were not sent ({names}, ...); a load must be complete")
+
+
+def _places(module: nn.Module) -> dict[str, Tensor]:
+    """What each weight is copied into: a parameter, or an expert's part of one (transformers 5's order)."""
+    places: dict[str, Tensor] = {}
+    for name, parameter in module.named_parameters():
+        matrices = experts.matrices(name, parameter.shape[0]) if parameter.dim() == 3 else []
+        for matrix in matrices:
+            place = experts.place(matrix)
+            assert place is not None, matrix
+            places[matrix] = place.of(parameter, right=False)
+        if not matrices:
+            places[name] = parameter
+    return places

@@ -7,7 +7,7 @@ every sample are computed; the gate multiplies.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,9 @@ from tests.distributed import tiny_model
 
 
 def load(folder: str, dtype: torch.dtype = torch.float32) -> Any:
-    from transformers import Qwen2_5_VLForConditionalGeneration
+    from transformers import AutoModelForImageTextToText
 
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
     return model.eval()
 
 
@@ -124,10 +124,28 @@ def objective(
 
 
 def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
-    """Gradients of `loss` under official checkpoint names."""
-    from megatron_cppo.policy.hf_folder import disk_name
-
+    """Gradients of `loss` under official checkpoint names, an expert's matrices each by itself."""
     model.zero_grad()
     loss.backward()
-    found = {disk_name(name): p.grad for name, p in model.named_parameters()}
-    return {name: grad.clone() for name, grad in found.items() if grad is not None}
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return dict(by_official_name(found))
+
+
+def by_official_name(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Copies of a Hugging Face module's tensors as the policy names them; experts are unstacked as transformers 5 has
+    them: gate over up [2I, H], and down [H, I]."""
+    from megatron_cppo.policy.hf_folder import disk_name
+
+    for name, tensor in tensors.items():
+        name = disk_name(name)
+        layer, _, kind = name.rpartition(".")
+        if not layer.endswith(".experts"):
+            yield name, tensor.clone()
+            continue
+        for expert, matrix in enumerate(tensor):
+            parts = {"down_proj": matrix}
+            if kind == "gate_up_proj":
+                rows = matrix.shape[0] // 2
+                parts = {"gate_proj": matrix[:rows], "up_proj": matrix[rows:]}
+            for part, value in parts.items():
+                yield f"{layer}.{expert}.{part}.weight", value.clone()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from megatron_cppo.algo.objective import OBJECTIVES
 from megatron_cppo.data.packing import build_batch
-from megatron_cppo.types import Batch, Group, SampleStatistics
+from megatron_cppo.types import Batch, Group, Sample, SampleStatistics
 from tests.distributed import tiny_model
 
 VOCAB = 131
@@ -103,9 +104,7 @@ def run_case(case: Case, world_size: int) -> Answer:
         groups_of(case),
         views_for=OBJECTIVES[config.algorithm.objective].views_for,
         num_updates=case.num_updates,
-        data_parallel=plan.data_parallel,
-        max_tokens=plan.max_tokens_per_microbatch,
-        row_multiple=plan.row_multiple,
+        packing=plan.packing,
         score=True,
     )
     if case.scores:
@@ -134,26 +133,37 @@ def _copies(stream: Any) -> Any:
 def with_drifted_scores(batch: Batch) -> Batch:
     """Old and reference log-probs that differ from the policy's, by an offset that depends on the sample alone."""
     assert batch.old_logp is not None, "score first"
-    old, reference = [], []
-    for sample, logp in zip(batch.samples, batch.old_logp, strict=True):
-        generator = torch.Generator().manual_seed(1000 * sample.prompt.row + sample.index)
-        old.append(logp + 0.3 * torch.randn(logp.shape, generator=generator))
-        reference.append(logp + 0.3 * torch.randn(logp.shape, generator=generator))
+    old, reference = drifted(batch.samples, batch.old_logp)
     return dataclasses.replace(batch, old_logp=tuple(old), reference_logp=tuple(reference))
+
+
+def drifted(samples: Sequence[Sample], logp: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Old and reference log-probs of samples whose log-probs are `logp`."""
+    old, reference = [], []
+    for sample, values in zip(samples, logp, strict=True):
+        generator = torch.Generator().manual_seed(1000 * sample.prompt.row + sample.index)
+        old.append(values + 0.3 * torch.randn(values.shape, generator=generator))
+        reference.append(values + 0.3 * torch.randn(values.shape, generator=generator))
+    return old, reference
 
 
 def sample_logits(policy: Any, batch: Batch) -> list[Tensor]:
     """Logits [tokens, V] that predict each sample's response, whole, by the policy's own forward pass."""
     from megatron_cppo.policy import step
-    from megatron_cppo.policy.model import HeadSettings
+    from megatron_cppo.policy.head import HeadSettings
 
-    model = policy.trained.model
+    tensor, context = policy.groups.tensor, policy.groups.context
+    vocab_size = policy.trained.shape.vocab_size
 
     def keep(row: Any, head: Any) -> tuple[Tensor, list[tuple[int, Tensor]]]:
-        local = head.hidden_TH[row.rows_original_N] @ head.weight_VH.t()
-        parts = [torch.empty_like(local) for _ in range(model.groups.tensor.size())]
-        dist.all_gather(parts, local.contiguous(), group=model.groups.tensor)
-        whole = torch.cat(parts, dim=1)[:, : model.shape.vocab_size]
+        rows_N = row.rows_original_N
+        share = head.share(rows_N) if context.size() > 1 else None
+        local = head.hidden_CH[rows_N if share is None else share.local_n] @ head.weight_VH.t()
+        parts = [torch.empty_like(local) for _ in range(tensor.size())]
+        dist.all_gather(parts, local.contiguous(), group=tensor)
+        whole = torch.cat(parts, dim=1)[:, :vocab_size]
+        if share is not None:
+            whole = share.whole(whole.t()).t()
         counts = torch.bincount(row.sample_N).tolist()
         return whole.sum(), list(zip(row.sample_ids, whole.split(counts), strict=True))
 

@@ -93,9 +93,7 @@ def run_part(part: Part, world_size: int) -> State:
             tiny_model.make_groups(4, 2, vocab_size=VOCAB, first_row=4 * step),
             views_for=OBJECTIVES[config.algorithm.objective].views_for,
             num_updates=1,
-            data_parallel=plan.data_parallel,
-            max_tokens=plan.max_tokens_per_microbatch,
-            row_multiple=plan.row_multiple,
+            packing=plan.packing,
             score=True,
         )
         metrics.append(policy.update(policy.score(batch, old=False, reference=False)))

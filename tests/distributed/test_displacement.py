@@ -92,15 +92,13 @@ def descend(layout: str, folder: str, world_size: int) -> Moved:
             tiny_model.make_groups(4, 3, vocab_size=VOCAB, first_row=3 * step),
             views_for=OBJECTIVES["cppo"].views_for,
             num_updates=1,
-            data_parallel=plan.data_parallel,
-            max_tokens=plan.max_tokens_per_microbatch,
-            row_multiple=plan.row_multiple,
+            packing=plan.packing,
             score=True,
         )
         norms.append(
             policy.update(with_drifted_scores(policy.score(batch, old=True, reference=False)))["optim/grad_norm"]
         )
-    model, after = policy.trained.model, {name: tensor.clone() for name, tensor in policy.weights()}
+    model, after = policy.trained.chunks[-1], {name: tensor.clone() for name, tensor in policy.weights()}
     moved = Moved(
         displacement={name: tensor - before[name] for name, tensor in after.items()},
         norms=norms,

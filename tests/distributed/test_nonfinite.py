@@ -53,7 +53,7 @@ def layout_config(config: Config, layout: str, run_dir: Path) -> Config:
 def state_of(policy: Any) -> list[torch.Tensor]:
     """Weights, gradients' consumers (Adam's moments and steps), learning rates and the schedule of this rank."""
     trained = policy.trained
-    found = [parameter.detach().clone() for parameter in trained.model.parameters()]
+    found = [parameter.detach().clone() for parameter in trained.parameters()]
     for inner in getattr(trained.optimizer, "chained_optimizers", [trained.optimizer]):
         for group in inner.optimizer.param_groups:
             found.append(torch.tensor(group["lr"], dtype=torch.float64))
@@ -72,7 +72,7 @@ def one_run(config: Config, poisons: Callable[[int], bool], *, leave_out: bool =
 
     whole, number, unchanged, error = module.update, 0, [], ""
     with build_run(config, resolve(config)) as run:
-        parameter = next(p for n, p in run.policy.trained.model.named_parameters() if "layers.0.mlp" in n)
+        parameter = next(p for n, p in run.policy.trained.chunks[0].named_parameters() if "layers.0.mlp" in n)
 
         def spoil(gradient: torch.Tensor) -> torch.Tensor:
             return gradient * torch.nan if dist.get_rank() == 1 else gradient
@@ -208,7 +208,7 @@ class Replayed:
 
 def poison(policy: Any) -> None:
     """A weight of the last layer becomes so large that fp32 overflows between it and the next."""
-    model = policy.trained.model
+    model = policy.trained.chunks[0]
     if model.post_process:
         model.language_model.decoder.layers[-1].mlp.linear_fc1.weight.data.mul_(1e20)
 

@@ -68,14 +68,12 @@ def run_case(case: Case, world_size: int) -> Answer:
     config = tiny_model.make_config(case.folder, world_size, **fields)
     plan = tiny_model.make_plan(config)
     policy = Policy(config, plan, pixels=tiny_model.pixels, banned_ids=tiny_model.BANNED)
-    pointers = [parameter.data_ptr() for parameter in policy.trained.model.parameters()]
+    pointers = [parameter.data_ptr() for parameter in policy.trained.parameters()]
     batch = build_batch(
         tiny_model.make_groups(4, 3, vocab_size=VOCAB),
         views_for=OBJECTIVES[config.algorithm.objective].views_for,
         num_updates=1,
-        data_parallel=plan.data_parallel,
-        max_tokens=plan.max_tokens_per_microbatch,
-        row_multiple=plan.row_multiple,
+        packing=plan.packing,
         score=True,
     )
     loaded = copies(policy.weights())
@@ -89,7 +87,7 @@ def run_case(case: Case, world_size: int) -> Answer:
     reference_at_end = None
     storage_is_shared = False
     if reference is not None:
-        mine = {parameter.data_ptr() for parameter in policy.trained.model.parameters()}
+        mine = {parameter.data_ptr() for parameter in policy.trained.parameters()}
         storage_is_shared = any(weight.data_ptr() in mine for weight in reference._weights)
         with reference.active():
             reference_at_end = copies(policy.weights())
@@ -106,7 +104,7 @@ def run_case(case: Case, world_size: int) -> Answer:
         after_second_scoring=after_second_scoring,
         reference_at_end=reference_at_end,
         storage_is_shared=storage_is_shared,
-        parameters_in_buffer=pointers == [p.data_ptr() for p in policy.trained.model.parameters()],
+        parameters_in_buffer=pointers == [p.data_ptr() for p in policy.trained.parameters()],
     )
     process_groups.destroy()
     return answer

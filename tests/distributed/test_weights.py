@@ -108,7 +108,7 @@ def run_case(case: Case, world_size: int) -> Answer:
     plan = tiny_model.make_plan(config)
     policy = Policy(config, plan, pixels=tiny_model.pixels, banned_ids=tiny_model.BANNED)
     loaded = {name: tensor.clone() for name, tensor in policy.weights()}
-    model = policy.trained.model
+    model = policy.trained.chunks[0]
     visual_buffers = None
     if model.pre_process:
         visual_buffers = {name: buffer.clone() for name, buffer in model.visual.named_buffers()}
@@ -129,16 +129,14 @@ def planned(config: Any, plan: Any, groups: list[Group]) -> Batch:
         groups,
         views_for=OBJECTIVES[config.algorithm.objective].views_for,
         num_updates=1,
-        data_parallel=plan.data_parallel,
-        max_tokens=plan.max_tokens_per_microbatch,
-        row_multiple=plan.row_multiple,
+        packing=plan.packing,
         score=True,
     )
 
 
 def padding_is_zero(policy: Any) -> None:
     """Megatron's vocabulary padding starts as zeros, on the last TP rank only, in the embedding and in the head."""
-    group, model = policy.groups.tensor, policy.trained.model
+    group, model = policy.groups.tensor, policy.trained.chunks[0]
     weights = [model.language_model.embedding.word_embeddings.weight] if model.pre_process else []
     weights += [model.head_weight()] if model.post_process else []
     share = -(-VOCAB // group.size())
@@ -209,7 +207,7 @@ def load_errors(cases: dict[Any, Case], world_size: int, broken: dict[str, str])
     said = {}
     for name, folder in broken.items():
         with pytest.raises(ConfigError) as caught:
-            weights.load(policy.trained.model, folder)
+            weights.load(policy.trained.chunks, folder)
         said[name] = str(caught.value)
     process_groups.destroy()
     return said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,7 @@ from megatron_cppo.config import (
     RolloutConfig,
     TrainerConfig,
 )
-from megatron_cppo.data.positions import rope_positions
+from megatron_cppo.families.qwen2_5_vl.positions import rope_positions
 from megatron_cppo.plan import Plan, resolve
 from megatron_cppo.types import Group, ImageGrid, ImageKey, Prompt, Sample
 
@@ -32,51 +33,76 @@ PATCH_NUMBERS = 3 * 2 * 14 * 14
 GRIDS = ((1, 4, 4), (1, 6, 4), (1, 4, 8), (1, 10, 6))
 
 
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.15,
+    "max_position_embeddings": 512,
+}
+VISION = {
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "patch_size": 14,
+    "initializer_range": 0.15,
+}
+IDS = {
+    "image_token_id": IMAGE_ID,
+    "vision_start_token_id": START_ID,
+    "vision_end_token_id": END_ID,
+    "video_token_id": 8,
+}
+DEEPSTACK = (0, 1)
+NUM_EXPERTS = 4
+
+
 def make_checkpoint(
-    folder: Path, *, vocab_size: int = 131, tied: bool = False, full_attention: bool = False, num_layers: int = 2
+    folder: Path,
+    *,
+    family: str = "qwen2_5_vl",
+    vocab_size: int = 131,
+    tied: bool = False,
+    full_attention: bool = False,
+    num_layers: int = 2,
 ) -> str:
     """Write a tiny random checkpoint; weights are large enough that no view is the same as another."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    import transformers
 
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": vocab_size,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": num_layers,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "rms_norm_eps": 1e-6,
-            "initializer_range": 0.15,
-            "max_position_embeddings": 512,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
-            "tie_word_embeddings": tied,
-        },
-        vision_config={
-            "depth": 2,
-            "hidden_size": 24,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "out_hidden_size": 32,
-            "fullatt_block_indexes": [0, 1] if full_attention else [1],
-            "window_size": 56,
-            "initializer_range": 0.15,
-        },
-        image_token_id=IMAGE_ID,
-        vision_start_token_id=START_ID,
-        vision_end_token_id=END_ID,
-        video_token_id=8,
-        tie_word_embeddings=tied,
-    )
+    text = {**TEXT, "vocab_size": vocab_size, "num_hidden_layers": num_layers, "tie_word_embeddings": tied}
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    vision: dict[str, Any] = {**VISION, "depth": 2}
+    if family == "qwen2_5_vl":
+        text["rope_parameters"] = {**rope, "mrope_section": [1, 1, 2]}
+        vision |= {"fullatt_block_indexes": [0, 1] if full_attention else [1], "window_size": 56}
+        config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **IDS, tie_word_embeddings=tied)
+        kind: Any = transformers.Qwen2_5_VLForConditionalGeneration
+    else:
+        # A head size that is not the hidden size over the heads; more time than height and width.
+        text |= {"head_dim": 16, "rope_parameters": {**rope, "mrope_section": [4, 2, 2], "mrope_interleaved": True}}
+        vision |= {"depth": 3, "deepstack_visual_indexes": list(DEEPSTACK), "num_position_embeddings": 16}
+        if family == "qwen3_vl_moe":
+            text |= {"num_experts": NUM_EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+        kinds: dict[str, tuple[Any, Any]] = {
+            "qwen3_vl": (transformers.Qwen3VLConfig, transformers.Qwen3VLForConditionalGeneration),
+            "qwen3_vl_moe": (transformers.Qwen3VLMoeConfig, transformers.Qwen3VLMoeForConditionalGeneration),
+        }
+        config = kinds[family][0](text_config=text, vision_config=vision, **IDS, tie_word_embeddings=tied)
+        kind = kinds[family][1]
     torch.manual_seed(7)
-    model = Qwen2_5_VLForConditionalGeneration(config)
+    model = kind(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # Norms of one and biases of zero would hide a wrong mapping.
+            # Norms of one and biases of zero would hide a wrong mapping; a router of zeros chooses by chance.
             if "norm" in name or name.endswith("ln_q.weight"):
                 parameter.add_(0.2 * torch.randn_like(parameter))
             elif name.endswith("bias"):
                 parameter.add_(0.1 * torch.randn_like(parameter))
+            elif name.endswith("mlp.gate.weight"):
+                parameter.copy_(torch.randn_like(parameter))
     model.save_pretrained(folder)
     # The plan looks at a data file's first bytes; these tests make their prompts themselves.
     pq.write_table(pa.table({"unread": [0]}), folder / "rows.parquet")

@@ -1,19 +1,20 @@
-"""Megatron parameter <-> Hugging Face tensors, stated once per family and used in both directions.
+"""Megatron parameter <-> Hugging Face tensors: what a rule of a family's mapping says, in both directions.
 
 A rule says which Hugging Face tensors make one Megatron parameter, along which dimension tensor parallelism cuts each
 of them (evenly), and how the cut pieces are joined. Because every tensor is cut *before* the pieces are joined, one
 `join` serves a whole parameter and a shard of it alike: rank t of TP reads slice t of each tensor, and nothing else.
-Names on disk are those of official checkpoints (`model.layers...`, `visual...`, `lm_head.weight`).
+Names are those of official Qwen2.5-VL checkpoints (`model.layers...`, `visual...`, `lm_head.weight`) for all families;
+of an expert, `mlp.experts.7.gate_proj.weight` and its kin (`experts.py` knows the stacks that checkpoints make of
+them). What a folder calls a tensor is `policy/hf_folder.py`'s business.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_cppo.architecture import ModelShape
@@ -58,10 +59,11 @@ def split_halves(parameter: Tensor, _: ModelShape) -> Sequence[Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One kind of parameter. `{layer}` is the decoder layer, `{rest}` any suffix.
+    """One kind of parameter. `{layer}` and `{expert}` are numbers within the whole model, `{rest}` any suffix.
 
     `axis` is the dimension of every Hugging Face tensor that TP cuts; None: replicated. `vocab`: dimension 0 is the
-    vocabulary, which Megatron pads with zero rows to a multiple of TP.
+    vocabulary, which Megatron pads with zero rows to a multiple of TP. `expert`: held by one rank of EP, and cut over
+    the experts' TP instead.
     """
 
     megatron: str
@@ -70,17 +72,20 @@ class Rule:
     join: Join = join_one
     split: Split = split_one
     vocab: bool = False
+    expert: bool = False
 
     def match(self, name: str) -> dict[str, str] | None:
         """The placeholders' values when `name` is of this kind."""
-        pattern = re.escape(self.megatron).replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{rest\}", "(?P<rest>.+)")
+        pattern = re.escape(self.megatron).replace(r"\{rest\}", "(?P<rest>.+)")
+        for number in ("layer", "expert"):
+            pattern = pattern.replace(rf"\{{{number}\}}", rf"(?P<{number}>\d+)")
         found = re.fullmatch(pattern, name)
         return found.groupdict() if found else None
 
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """A parameter of this rank's model with its rule and the names of its Hugging Face tensors."""
+    """A parameter of this rank's model, its rule, and the names of its Hugging Face tensors."""
 
     name: str
     parameter: nn.Parameter
@@ -88,8 +93,8 @@ class Binding:
     hf_names: tuple[str, ...]
 
 
-def bind(named_parameters: Iterator[tuple[str, nn.Parameter]], rules: Sequence[Rule]) -> list[Binding]:
-    """Find each parameter's rule. Layer numbers in the names must be those of the whole model."""
+def bind(named_parameters: Iterable[tuple[str, nn.Parameter]], rules: Sequence[Rule]) -> list[Binding]:
+    """Find each parameter's rule. Layers and experts must be numbered over the whole model."""
     bindings = []
     for name, parameter in named_parameters:
         for rule in rules:
@@ -104,7 +109,7 @@ def bind(named_parameters: Iterator[tuple[str, nn.Parameter]], rules: Sequence[R
 
 
 def whole_shapes(binding: Binding, *, shape: ModelShape, num_ranks: int) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and sizes of the Hugging Face tensors that `gather` makes of a parameter cut over `num_ranks` of TP."""
+    """Names and sizes of the whole Hugging Face tensors of a parameter that is cut over `num_ranks`."""
     rule, meta = binding.rule, torch.empty(binding.parameter.shape, device="meta")
     sizes = []
     for name, piece in zip(binding.hf_names, rule.split(meta, shape), strict=True):
@@ -113,21 +118,3 @@ def whole_shapes(binding: Binding, *, shape: ModelShape, num_ranks: int) -> list
             size[rule.axis] *= num_ranks
         sizes.append((name, tuple([shape.vocab_size, *size[1:]] if rule.vocab else size)))
     return sizes
-
-
-def gather(
-    binding: Binding, tensor: Tensor, *, shape: ModelShape, group: dist.ProcessGroup
-) -> Iterator[tuple[str, Tensor]]:
-    """The whole Hugging Face tensors of one parameter's shard `tensor` (its weight, or its gradient).
-
-    Communicates over `group` (TP): one all-gather per tensor that is cut; every rank gets the result.
-    """
-    rule = binding.rule
-    for name, piece in zip(binding.hf_names, rule.split(tensor, shape), strict=True):
-        whole = piece
-        if rule.axis is not None and group.size() > 1:
-            piece = piece.contiguous()
-            parts = [torch.empty_like(piece) for _ in range(group.size())]
-            dist.all_gather(parts, piece, group=group)
-            whole = torch.cat(parts, dim=rule.axis)
-        yield name, whole[: shape.vocab_size] if rule.vocab else whole

@@ -1,0 +1,34 @@
+"""The decoder of Qwen3-VL in the words of Megatron-Core's TransformerConfig."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from megatron_cppo.architecture import ModelShape
+
+
+def settings(_: ModelShape) -> dict[str, Any]:
+    """What TransformerConfig must say of this family, beyond sizes."""
+    return {
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": nn.functional.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "qk_layernorm": True,
+    }
+
+
+def rope_axes(shape: ModelShape) -> list[int]:
+    """Which position (0 time, 1 height, 2 width) each frequency pair of a head follows: time, height, width in turn.
+
+    Height and width have as many pairs as their section says; time has those, and all that are left at the end.
+    Source: Qwen3-VL (arXiv 2511.21631), section 2, "Interleaved MRoPE".
+    """
+    axes = [0] * (shape.head_size // 2)
+    for axis in (1, 2):
+        for turn in range(shape.mrope_section[axis]):
+            axes[axis + 3 * turn] = axis
+    return axes

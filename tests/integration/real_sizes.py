@@ -1,0 +1,314 @@
+"""Builds the published models at their full size without their memory: fake tensors, a fake process group, any rank.
+
+    python -m tests.integration.real_sizes OUT.json [MODEL ...]
+
+The modules are the policy's own, on every pipeline stage of a layout; a packed row with images and all three views goes
+forward and backward through each. What reads data is given it: the tower's indices are made outside of fake mode, and
+the experts' dispatcher is told of an even load. Attention in the tower only keeps its shapes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megatron_cppo import families
+from megatron_cppo.config import Config, ModelConfig, PolicyConfig, TrainerConfig
+from megatron_cppo.data.packing import pack
+from megatron_cppo.families import towers
+from megatron_cppo.families.rules import whole_shapes
+from megatron_cppo.layout import layers_per_chunk, problems, replica_ranks
+from megatron_cppo.plan import Packing
+from megatron_cppo.types import ImageGrid, MicroBatch, Prompt, Sample
+from tests.published_models import CONFIGS
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "Qwen2.5-VL-3B-Instruct": {"tensor_parallel": 1},
+    "Qwen2.5-VL-7B-Instruct": {"tensor_parallel": 2},
+    "Qwen2.5-VL-32B-Instruct": {"tensor_parallel": 8, "pipeline_parallel": 2, "layers_per_stage": (31, 33)},
+    "Qwen2.5-VL-72B-Instruct": {"tensor_parallel": 8, "pipeline_parallel": 4, "layers_per_stage": (19, 21, 21, 19)},
+    "Qwen3-VL-2B-Instruct": {"tensor_parallel": 1},
+    "Qwen3-VL-4B-Instruct": {"tensor_parallel": 2},
+    "Qwen3-VL-8B-Instruct": {"tensor_parallel": 4},
+    "Qwen3-VL-32B-Instruct": {"tensor_parallel": 8, "pipeline_parallel": 2, "virtual_pipeline": 2},
+    "Qwen3-VL-30B-A3B-Instruct": {"tensor_parallel": 4, "expert_parallel": 8, "ranks": 8},
+    "Qwen3-VL-235B-A22B-Instruct": {
+        "tensor_parallel": 4,
+        "pipeline_parallel": 8,
+        "expert_parallel": 8,
+        "context_parallel": 2,
+        "layers_per_stage": (11, 12, 12, 12, 12, 12, 12, 11),
+    },
+}
+"""The layout of each model's recipe; `ranks` where a replica alone has too few for its experts."""
+GRID = ImageGrid(frames=1, height=36, width=44, merge=2)
+RESPONSE = 200
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one rank of a stage holds: each of its parameters' shards, and the whole tensors they are parts of."""
+
+    rank: int
+    shards: dict[str, tuple[int, ...]]
+    whole: dict[str, tuple[int, ...]]
+    numel: int
+    gradients_missing: list[str]
+    seconds: float
+
+
+def rehearse(name: str, folder: Path) -> dict[str, Any]:
+    """Build and run every stage of a model's recipe; what each holds, and the model's totals."""
+    (folder / "config.json").write_text(json.dumps(CONFIGS[name]))
+    recipe = dict(RECIPES[name])
+    policy = PolicyConfig(
+        device="cpu",
+        sequence_parallel=recipe["tensor_parallel"] > 1,
+        **{key: value for key, value in recipe.items() if key != "ranks"},
+    )
+    ranks = recipe.get("ranks", replica_ranks(policy))
+    config = Config(model=ModelConfig(path=str(folder)), policy=policy, trainer=TrainerConfig(num_gpus=ranks))
+    shape = families.read_shape(str(folder))
+    # The platform is the CPU's, the numbers are a GPU's.
+    refused = problems(replace(config, policy=replace(policy, device="cuda")), shape)
+    assert not refused, refused
+    per_stage = ranks // policy.pipeline_parallel
+    stages = [_stage(config, stage * per_stage, ranks) for stage in range(policy.pipeline_parallel)]
+    return {
+        "parameters": shape.num_parameters,
+        "layout": {"ranks": ranks, **recipe},
+        "stages": [asdict(stage) for stage in stages],
+        "module": _module_shapes(folder),
+    }
+
+
+def _module_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of Hugging Face's own module, on no device."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        module = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
+    return {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+
+
+def _stage(config: Config, rank: int, ranks: int) -> Stage:
+    from megatron_cppo.policy import groups as process_groups
+    from megatron_cppo.policy import platform, weights
+    from megatron_cppo.policy.model import VisionLanguageModel, decoder_config
+
+    started, policy, shape = time.monotonic(), config.policy, families.read_shape(config.model.path)
+    device = platform.activate("cpu")
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+    try:
+        groups = process_groups.make(policy, seed=0)
+        megatron = decoder_config(shape, policy, layers_per_chunk=layers_per_chunk(policy, shape.num_layers))
+        row = _row(policy, shape)
+        with FakeTensorMode(allow_non_fake_inputs=True), _data_given():
+            chunks = [
+                VisionLanguageModel(
+                    shape,
+                    config=megatron,
+                    model=config.model,
+                    padded_vocab_size=-(-shape.vocab_size // policy.tensor_parallel) * policy.tensor_parallel,
+                    pixels=lambda key: torch.empty(GRID.num_patches, shape.vision.patch_values),
+                    groups=groups,
+                    device=device,
+                    chunk=number if policy.virtual_pipeline > 1 else None,
+                )
+                for number in range(policy.virtual_pipeline)
+            ]
+            for chunk in chunks:
+                _forward_backward(chunk, row)
+        bound = weights.bindings(chunks)
+        whole = {
+            name: size
+            for binding in bound
+            for name, size in whole_shapes(
+                binding, shape=shape, num_ranks=weights.cutting_group(binding, groups).size()
+            )
+        }
+        if shape.tied and not groups.is_first_stage:
+            whole.pop("model.embed_tokens.weight", None)  # the last stage's copy
+        return Stage(
+            rank=rank,
+            shards={binding.name: tuple(binding.parameter.shape) for binding in bound},
+            whole=whole,
+            numel=sum(binding.parameter.numel() for binding in bound),
+            gradients_missing=[b.name for b in bound if b.parameter.grad is None],
+            seconds=time.monotonic() - started,
+        )
+    finally:
+        process_groups.destroy()
+        dist.destroy_process_group()
+
+
+def _forward_backward(chunk: Any, row: MicroBatch) -> None:
+    """One row through a chunk; on the last stage with its head, as CPPO asks it."""
+    from megatron_cppo.policy.head import Head, HeadSettings
+
+    if not chunk.pre_process:
+        local = row.token_ids_T.numel() // chunk.groups.context.size()
+        local //= chunk.groups.tensor.size() if chunk.config.sequence_parallel else 1
+        received = torch.empty(local, 1, chunk.shape.hidden_size, dtype=chunk.config.params_dtype, requires_grad=True)
+        chunk.set_input_tensor(received)
+    hidden = chunk(row)
+    if not chunk.post_process:
+        hidden.sum().backward()
+        return
+    head = Head(chunk, row, hidden, HeadSettings(1.0, (), "torch"))
+    with unset_fake_temporarily():
+        rows, targets = torch.cat([row.rows_original_N, row.rows_removing_N]), row.targets_N.repeat(2)
+    logp_N, entropy_N = head.statistics(rows, targets)
+    kl_N = head.divergence(row.rows_original_N, row.rows_preserving_N, stop_gradient_other=False)
+    (logp_N.sum() + entropy_N.sum() + kl_N.sum()).backward()
+
+
+def _row(policy: PolicyConfig, shape: Any) -> MicroBatch:
+    """One gated sample of one image: three segments of a prompt of about a thousand tokens and its answer."""
+    image = shape.image_token_id
+    ids = [1] * 300 + [image] * GRID.num_tokens + [1] * 100
+    positions, following = families.part(shape.family, "positions").rope_positions(ids, [GRID], image_token_id=image)
+    time_axis, height, width = (tuple(axis.tolist()) for axis in positions)
+    slots = tuple(range(300, 300 + GRID.num_tokens))
+    prompt = Prompt(
+        "train", 0, 0, "", "", "", tuple(ids), (time_axis, height, width), following, grids=(GRID,), image_slots=slots
+    )
+    sample = Sample(prompt, 0, (1,) * RESPONSE, (), "", False, 0, advantage=1.0)
+    even = max(1, shape.num_experts)  # tokens of a rank that load the experts evenly
+    packing = Packing(
+        segment_multiple=2 * policy.context_parallel,
+        row_multiple=2 * policy.context_parallel * policy.tensor_parallel * even,
+    )
+    return pack([(0, sample, ("original", "preserving", "removing"))], packing)
+
+
+@contextlib.contextmanager
+def _data_given() -> Iterator[None]:
+    """Replaces what would read a fake tensor's data: indices, rope's cut of a row, experts' counts, random states."""
+    from megatron.core.models.common.embeddings import rope_utils
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import token_dispatcher
+
+    from megatron_cppo.policy import attention, head, model, split
+
+    modules: dict[tuple[Any, str], Any] = {
+        (model, "segments"): _outside(attention.segments),
+        (model.Split, "of"): staticmethod(_outside(split.Split.of)),
+        (model.Split, "local"): _outside(split.Split.local),
+        (head.Share, "of"): staticmethod(_outside(split.Share.of)),
+        (rope_utils, "_apply_rotary_pos_emb_thd"): _rope,
+        (token_dispatcher.MoEAlltoAllTokenDispatcher, "preprocess"): _even_load,
+        (token_dispatcher, "permute"): _permute,
+        (towers, "features"): _features,
+        (random.CudaRNGStatesTracker, "fork"): lambda *_, **__: contextlib.nullcontext(),
+    }
+    before = {(owner, name): owner.__dict__[name] for owner, name in modules}
+    for (owner, name), value in modules.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for (owner, name), value in before.items():
+            setattr(owner, name, value)
+
+
+def _outside(function: Any) -> Any:
+    """`function` with true tensors."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with unset_fake_temporarily():
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _rope(t: Tensor, cu_seqlens: Tensor, freqs: Tensor, **_: Any) -> Tensor:
+    from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
+
+    return _apply_rotary_pos_emb_bshd(t.unsqueeze(1), freqs[: t.shape[0]]).squeeze(1)
+
+
+def _even_load(self: Any, routing_map: Tensor) -> Any:
+    """Every expert gets as many tokens as every other, from every rank."""
+    self.num_out_tokens = routing_map.shape[0] * self.config.moe_router_topk
+    each = self.num_out_tokens // self.num_experts
+    assert each * self.num_experts == self.num_out_tokens, "the row does not load the experts evenly"
+    sources = self.ep_size * self.tp_size
+    self.input_splits = np.full(self.ep_size, each * self.num_local_experts)
+    self.output_splits = np.full(self.ep_size, each * self.num_local_experts)
+    self.output_splits_tp = np.full(self.tp_size, each * self.num_local_experts * self.ep_size)
+    self.num_global_tokens_per_local_expert = np.full((sources, self.num_local_experts), each)
+    order = np.arange(self.num_experts * self.tp_size)
+    self.sort_input_by_local_experts = order.reshape(-1, self.num_local_experts).T.ravel()
+    self.restore_output_by_local_experts = order.reshape(self.num_local_experts, -1).T.ravel()
+    return np.full(self.num_local_experts, each * sources)
+
+
+def _permute(tokens: Tensor, routing_map: Tensor, probs: Tensor, num_out_tokens: int, **_: Any) -> Any:
+    with unset_fake_temporarily():
+        index = torch.arange(num_out_tokens) % tokens.shape[0]
+    chosen = probs.t().reshape(-1)[:num_out_tokens]
+    return tokens.index_select(0, index), chosen, index
+
+
+def _features(tower: Any, pixels_PC: Tensor, shape_I3: Tensor) -> list[Tensor]:
+    """The tower with all of its indices given, and attention that keeps shapes."""
+    from transformers import vision_utils
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = "flash_attention_of_shapes"
+    ALL_ATTENTION_FUNCTIONS.register(name, lambda module, q, k, v, *_, **__: ((q + k + v).transpose(1, 2), None))
+    config = tower.config
+    config._attn_implementation = name
+    images = pixels_PC.shape[0] // GRID.num_patches
+    with unset_fake_temporarily():
+        grid = torch.tensor([[GRID.frames, GRID.height, GRID.width]] * images)
+        merge = config.spatial_merge_size
+        given: dict[str, Any] = {
+            "position_ids": vision_utils.get_vision_position_ids(grid, merge),
+            "cu_seqlens": vision_utils.get_vision_cu_seqlens(grid),
+            "max_seqlen": GRID.num_patches,
+        }
+        if hasattr(config, "window_size"):
+            window, cu_window = vision_utils.get_vision_window_index(
+                grid, spatial_merge_size=merge, window_size=config.window_size, patch_size=config.patch_size
+            )
+            given |= {"window_index": window, "cu_window_seqlens": cu_window, "max_window_seqlen": 64}
+        else:
+            side = int(config.num_position_embeddings**0.5)
+            given["interp_indices"], given["interp_weights"] = (
+                vision_utils.get_vision_interpolation_indices_and_weights(
+                    grid, num_grid_per_side=side, mode="bilinear", align_corners=True, spatial_merge_size=merge
+                )
+            )
+    output = tower(pixels_PC, grid_thw=grid, **given)
+    return [output.pooler_output, *getattr(output, "deepstack_features", ())]
+
+
+def main(out: Path, names: list[str]) -> None:
+    warnings.simplefilter("ignore")
+    with out.open("w") as file, tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            found = rehearse(name, Path(folder))
+            seconds = [round(stage["seconds"], 1) for stage in found["stages"]]
+            print(f"{name:28} {found['parameters']:>15,} parameters, {len(seconds)} stages, seconds {seconds}")
+            file.write(json.dumps({"model": name, **found}) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:] or list(RECIPES))
