@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "policy__recompute": "full",
     },
     "TP2 recompute selective": {"policy__tensor_parallel": 2, "policy__recompute": "selective"},
+    "CP2": {"policy__context_parallel": 2},
     "PP2": {"policy__pipeline_parallel": 2},
     "PP2 recompute full": {"policy__pipeline_parallel": 2, "policy__recompute": "full"},
     "PP2xDP2": {"policy__pipeline_parallel": 2},
@@ -41,22 +43,17 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "policy__sequence_parallel": True,
     },
 }
-UNEVEN: dict[str, dict[str, Any]] = {
-    "PP2 uneven": {**LAYOUTS["PP2"], "policy__layers_per_stage": (1, 2)},
-    "PP3": {"policy__pipeline_parallel": 3},
-    "TP2xPP2+SP uneven": {**LAYOUTS["TP2xPP2+SP"], "policy__layers_per_stage": (2, 1)},
-}
-"""For models of three layers; all of `LAYOUTS` are for models of an even number."""
 
 
 def world(name: str) -> int:
     """Ranks of a layout."""
-    fields = {**LAYOUTS, **UNEVEN}[name]
-    model = fields.get("policy__tensor_parallel", 1) * fields.get("policy__pipeline_parallel", 1)
+    fields = LAYOUTS[name]
+    axes = ("tensor_parallel", "context_parallel", "pipeline_parallel")
+    model = math.prod(fields.get(f"policy__{axis}", 1) for axis in axes)
     return model * (2 if "DP2" in name else 1)
 
 
-WORLD = {name: world(name) for name in (*LAYOUTS, *UNEVEN)}
+WORLD = {name: world(name) for name in LAYOUTS}
 
 
 @dataclass(frozen=True)
