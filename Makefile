@@ -10,12 +10,13 @@ BIN := .venv/bin
 # moved clone are noticed too.
 STAMP := .venv/made-from-$(firstword $(shell (pwd; cat requirements.lock setup.py) | cksum))
 
-.PHONY: help demo test check clean
+.PHONY: help demo test test-all check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo    train a small vision-language model with CPPO on this CPU'
 	@echo 'make test    every test that this machine can run (PYTEST_ARGS="-k name -x")'
+	@echo 'make test-all  also layouts of six and eight processes, and more of four (about 10 minutes more)'
 	@echo 'make check   style, types, layers and architecture'
 	@echo 'make clean   remove the environment and the caches; runs/ is kept'
 	@echo
@@ -27,9 +28,12 @@ demo: $(STAMP)
 	$(BIN)/python -m examples.digits_demo
 
 # One thread a process: the distributed tests run several at once.
-test: export OMP_NUM_THREADS ?= 1
+test test-all: export OMP_NUM_THREADS ?= 1
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest --slow $(PYTEST_ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

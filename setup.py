@@ -41,7 +41,14 @@ setup(
         "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],  # the range of megatron-core 0.16.1
         "wandb": ["wandb>=0.19"],
         "demo": ["scikit-learn>=1.5"],  # its handwritten digits
-        "dev": ["pytest>=8.2", "pytest-xdist>=3.6", "ruff>=0.9", "pyrefly>=1.0", "import-linter>=2.5"],
+        "dev": [
+            "hypothesis>=6.100",
+            "pytest>=8.2",
+            "pytest-xdist>=3.6",
+            "ruff>=0.9",
+            "pyrefly>=1.0",
+            "import-linter>=2.5",
+        ],
     },
     entry_points={"console_scripts": ["megatron-cppo-train = megatron_cppo.train:main"]},
 )

@@ -162,6 +162,8 @@ class PolicyConfig:
     """Split the optimizer's state over the data-parallel ranks."""
     reference: Literal["device", "host"] = "device"
     """Where the reference's weights live while they are not used (only with beta > 0)."""
+    attention: Literal["default", "torch"] = "default"
+    """default: Transformer Engine's on cuda, PyTorch's on cpu; torch: PyTorch's everywhere, which is slower."""
     head_backend: Literal["torch"] = "torch"
     """What computes token statistics from hidden rows."""
     device: Literal["cuda", "cpu"] = "cuda"

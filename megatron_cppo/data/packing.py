@@ -109,8 +109,9 @@ def _mini_batch(groups: Sequence[Sequence[_Member]], packing: Packing, *, filler
         microbatches=tuple(
             tuple(packed[rank * per_rank : (rank + 1) * per_rank]) for rank in range(packing.data_parallel)
         ),
-        num_tokens=sum(len(sample.token_ids) for sample in members),
-        num_samples=len(members),
+        # Where every sample was left out, the loss is zero, over one.
+        num_tokens=max(1, sum(len(sample.token_ids) for sample in members)),
+        num_samples=max(1, len(members)),
         num_gated_samples=sum(sample.gated for sample in members),
     )
 

@@ -8,6 +8,7 @@ of queries, K of keys, h heads, d head size.
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_cppo.config import ConfigError
 from megatron_cppo.policy.split import Places, context_tokens
 
 WASTE = 1.5
@@ -59,8 +61,10 @@ class Segments(PackedSeqParams):
     deepstack: tuple[Deepstack, ...] = ()
 
 
-def segments(cu_seqlens_S: Tensor, max_seqlen: int, context: dist.ProcessGroup, device: torch.device) -> Segments:
-    """Parameters of a packed row for this context rank. No communication."""
+def segments(
+    cu_seqlens_S: Tensor, max_seqlen: int, context: dist.ProcessGroup, device: torch.device, *, kernels: bool = False
+) -> Segments:
+    """Parameters of a packed row for this context rank; with `kernels` for Transformer Engine's. No communication."""
     starts = cu_seqlens_S.numpy().astype(np.int64)
     # On the host: Megatron-Core asks for these lengths in every layer.
     whole = torch.tensor([0, starts[-1]], dtype=torch.int32)
@@ -74,7 +78,7 @@ def segments(cu_seqlens_S: Tensor, max_seqlen: int, context: dist.ProcessGroup, 
         **common,
     )
     common |= {"cu_seqlens_q": whole, "cu_seqlens_kv": whole}
-    if device.type == "cuda":
+    if kernels:
         return Segments(**common, kernel=kernel)
     buckets, output_C = _buckets(starts, context.rank(), context.size(), device)
     return Segments(**common, kernel=kernel, buckets=buckets, output_C=output_C)
@@ -168,7 +172,7 @@ class PackedAttention(nn.Module):
             )
             outputs.append(out.transpose(1, 2).reshape(bucket.queries_BQ.numel(), -1))
         stacked = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        assert packed_seq_params.output_C is not None, "the segments were made for a GPU"
+        assert packed_seq_params.output_C is not None, "the segments were made for Transformer Engine"
         return stacked.index_select(0, packed_seq_params.output_C)
 
 
@@ -195,7 +199,12 @@ class _GatherTokens(torch.autograd.Function):
 
 
 def transformer_engine_attention() -> type[nn.Module]:
-    """Transformer Engine's attention, told of a row's true segments. Only where Transformer Engine is installed."""
+    """Transformer Engine's attention, told of a row's true segments. Raises ConfigError where it is not installed."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        raise ConfigError(
+            "policy.attention: on cuda the default is Transformer Engine's, which is not installed; "
+            "pip install 'transformer-engine[pytorch]', or use --policy.attention torch"
+        )
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
     class KernelAttention(TEDotProductAttention):

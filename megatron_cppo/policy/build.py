@@ -88,6 +88,7 @@ def build(
             device=device,
             chunk=number if policy.virtual_pipeline > 1 else None,
             recompute_vision=policy.recompute_vision,
+            kernels=policy.device == "cuda" and policy.attention == "default",
         )
         for number in range(policy.virtual_pipeline)
     )

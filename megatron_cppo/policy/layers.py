@@ -5,7 +5,6 @@ Legend: T tokens of the packed row, C those of this context rank, f frequency pa
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,10 +46,10 @@ class DecoderLayer(TransformerLayer):
         return hidden, context
 
 
-def decoder_spec(config: TransformerConfig, num_layers: int, device: torch.device) -> TransformerBlockSubmodules:
+def decoder_spec(config: TransformerConfig, num_layers: int, *, kernels: bool) -> TransformerBlockSubmodules:
     """The modules of a stage of `num_layers`: Megatron-Core's local ones, with this package's attention and norms.
 
-    On a GPU attention is Transformer Engine's. Raises ImportError there when it is not installed.
+    With `kernels` attention is Transformer Engine's; raises ConfigError when it is not installed.
     """
     layer: ModuleSpec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts,
@@ -62,22 +61,12 @@ def decoder_spec(config: TransformerConfig, num_layers: int, device: torch.devic
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
-    attention.core_attention = core_attention(device)
+    attention.core_attention = transformer_engine_attention() if kernels else PackedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if config.num_moe_experts:
         _name_norm_as_transformer_engine_does(layer)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
-
-
-def core_attention(device: torch.device) -> type[nn.Module]:
-    """The module that attends, for tensors on `device`."""
-    return transformer_engine_attention() if device.type == "cuda" else PackedAttention
-
-
-def has_transformer_engine() -> bool:
-    """Whether Transformer Engine is installed."""
-    return importlib.util.find_spec("transformer_engine") is not None
 
 
 def _name_norm_as_transformer_engine_does(layer: ModuleSpec) -> None:

@@ -146,8 +146,9 @@ class VisionLanguageModel(MegatronModule):
         device: torch.device,
         chunk: int | None = None,
         recompute_vision: bool = False,
+        kernels: bool = False,
     ) -> None:
-        """`chunk` is the virtual pipeline's; None without one."""
+        """`chunk` is the virtual pipeline's; None without one. `kernels`: attention is Transformer Engine's."""
         super().__init__(config)
         self.vp_stage = chunk  # the schedules compare it with theirs
         self.shape, self.groups, self.device = shape, groups, device
@@ -156,6 +157,7 @@ class VisionLanguageModel(MegatronModule):
         self.post_process = groups.is_last_stage and (chunk is None or chunk == last)
         self.share_embeddings_and_output_weights = shape.tied
         self.model_type = ModelType.encoder_or_decoder
+        self._kernels = kernels
         self._rope_axes = families.part(shape.family, "decoder").rope_axes(shape)
         self.kept = None if model.train_vision else Kept()
         """What a frozen tower has encoded in this step."""
@@ -175,7 +177,7 @@ class VisionLanguageModel(MegatronModule):
         num_layers = get_num_layers_to_build(config, vp_stage=chunk, pp_rank=groups.pipeline.rank())
         self.language_model = GPTModel(
             config,
-            decoder_spec(config, num_layers, device),
+            decoder_spec(config, num_layers, kernels=kernels),
             padded_vocab_size,
             max_sequence_length=0,
             pre_process=self.pre_process,
@@ -210,7 +212,7 @@ class VisionLanguageModel(MegatronModule):
         """
         context, parallel = self.groups.context, self.config.sequence_parallel
         split = Split.of(row.cu_seqlens_S, self.groups, sequence_parallel=parallel)
-        parameters = segments(row.cu_seqlens_S, row.max_seqlen, context, self.device)
+        parameters = segments(row.cu_seqlens_S, row.max_seqlen, context, self.device, kernels=self._kernels)
         embedded_L1H = None
         if self.pre_process:
             embedded_L1H, parameters.deepstack = self._embed(row, split)

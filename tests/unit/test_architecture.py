@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_cppo.families import FAMILIES
+
 ROOT = Path(__file__).parents[2]
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 100
@@ -129,6 +131,18 @@ def impure_algorithms(source: Source) -> Iterator[Violation]:
                 yield line, f"{module} is imported, but algo knows torch, types and config only"
 
 
+def families_by_name(source: Source) -> Iterator[Violation]:
+    """A family is a folder and a line: nothing outside of `families` may import one, or ask for one by its name."""
+    if source.path.startswith("megatron_cppo/families/"):
+        return
+    for line, module in imports(source):
+        if set(FAMILIES) & set(module.split(".")):
+            yield line, f"{module} is one family's; families.part finds the one that is meant"
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Constant) and node.value in FAMILIES:
+            yield node.lineno, f"{node.value!r} is one family's name"
+
+
 RULES: dict[Callable[[Source], Iterator[Violation]], tuple[str, ...]] = {
     long_files: PROGRAMS,
     long_functions: PROGRAMS,
@@ -140,6 +154,7 @@ RULES: dict[Callable[[Source], Iterator[Violation]], tuple[str, ...]] = {
     environment_reads: PACKAGE,
     misplaced_imports: PACKAGE,
     impure_algorithms: PACKAGE,
+    families_by_name: PACKAGE,
 }
 
 
@@ -170,6 +185,8 @@ def test_no_file_breaks_the_rule(rule: Callable[[Source], Iterator[Violation]]) 
         (misplaced_imports, "megatron_cppo/loop.py", "def f():\n  from megatron.core import mpu"),
         (misplaced_imports, "megatron_cppo/policy/build.py", "import tyro"),
         (misplaced_imports, "megatron_cppo/rollout/vllm.py", "import vllm.engine"),
+        (families_by_name, "megatron_cppo/policy/a.py", "from megatron_cppo.families.qwen3_vl import shape"),
+        (families_by_name, "megatron_cppo/plan.py", "if shape.family == 'qwen2_5_vl': pass"),
         (impure_algorithms, "megatron_cppo/algo/a.py", "import numpy"),
         (impure_algorithms, "megatron_cppo/algo/a.py", "from megatron_cppo.plan import Plan"),
     ],
@@ -186,6 +203,8 @@ def test_each_rule_finds_its_violation(rule: Callable[[Source], Iterator[Violati
         (environment_reads, "megatron_cppo/train.py", "import os\nx = os.environ['x']"),
         (misplaced_imports, "megatron_cppo/policy/build.py", "from megatron.core import mpu"),
         (misplaced_imports, "megatron_cppo/loop.py", "from megatron_cppo.policy import vllm"),
+        (families_by_name, "megatron_cppo/families/a.py", "from megatron_cppo.families.qwen3_vl import shape"),
+        (families_by_name, "megatron_cppo/policy/a.py", "from megatron_cppo.families import towers"),
         (impure_algorithms, "megatron_cppo/algo/a.py", "import math, torch\nfrom megatron_cppo.types import Sample"),
     ],
 )
