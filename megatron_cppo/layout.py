@@ -48,9 +48,10 @@ def problems(config: Config, shape: ModelShape | None) -> list[str]:
     if policy.recompute_vision and not config.model.train_vision:
         found.append("policy.recompute_vision: the vision tower is frozen, nothing of it is kept; turn it off")
     sizes = (policy.tensor_parallel, policy.pipeline_parallel, policy.virtual_pipeline, policy.expert_parallel)
-    if shape is None or min(sizes) < 1:
+    if shape is None or min(*sizes, policy.context_parallel) < 1:
         return found
-    return [*found, *_chunk_problems(policy, shape), *_tensor_problems(policy, shape), *_expert_problems(config, shape)]
+    chunks = [] if policy.virtual_pipeline > 1 and policy.pipeline_parallel == 1 else _chunk_problems(policy, shape)
+    return [*found, *chunks, *_tensor_problems(policy, shape), *_expert_problems(config, shape)]
 
 
 def _rank_problems(config: Config) -> list[str]:
@@ -133,10 +134,12 @@ def _chunk_problems(policy: PolicyConfig, shape: ModelShape) -> list[str]:
         ]
     first, wanted = layers_per_chunk(policy, num_layers)[0], len(shape.vision.deepstack_depths)
     if first < wanted:
+        can = _with_deepstack(even, shape)[0] >= wanted
+        use = cut if can else f"at most {num_layers - wanted + 1} of them"
+        each = "chunk" if interleaved else "stage"
         return [
-            f"policy.layers_per_stage: the first {'chunk' if interleaved else 'stage'} has {first} "
-            f"layers, but vision features are added after each of the first {wanted} layers, where the tower is; "
-            f"use {cut}"
+            f"policy.layers_per_stage: the first {each} has {first} layers, but vision features are added after each "
+            f"of the first {wanted} layers, where the tower is; use {use}"
         ]
     return []
 

@@ -55,6 +55,10 @@ class Packing:
         """Tokens that a segment of `tokens` takes in a row."""
         return math.ceil(tokens / self.segment_multiple) * self.segment_multiple
 
+    def row_tokens(self, tokens: int) -> int:
+        """Tokens of a row that holds `tokens`."""
+        return math.ceil(tokens / self.row_multiple) * self.row_multiple
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -124,8 +128,10 @@ def _derive(config: Config, shape: ModelShape) -> Plan:
 
 def _packing(config: Config, data_parallel: int) -> Packing:
     policy = config.policy
-    segment = 2 * policy.context_parallel if policy.context_parallel > 1 else 1
-    row = math.lcm(segment, policy.context_parallel * (policy.tensor_parallel if policy.sequence_parallel else 1))
+    # A size below one is a problem of its own, named elsewhere.
+    context, tensor = max(1, policy.context_parallel), max(1, policy.tensor_parallel)
+    segment = 2 * context if context > 1 else 1
+    row = math.lcm(segment, context * (tensor if policy.sequence_parallel else 1))
     return Packing(
         data_parallel=data_parallel,
         max_tokens=policy.max_tokens_per_microbatch // row * row,

@@ -377,7 +377,10 @@ def refuse_other_config(run_dir: Path, config: Config) -> None:
         raise ConfigError(f"{path} is not JSON ({error}); fix: delete it, or choose another trainer.run_dir") from error
     if not isinstance(saved, dict) or not all(isinstance(fields, dict) for fields in saved.values()):
         raise ConfigError(f"{path} is no saved config; fix: delete it, or choose another trainer.run_dir")
-    there, here = _flat(saved), _flat(json.loads(json.dumps(dataclasses.asdict(config))))
+    # A field that is younger than the run had what is now its default.
+    defaults, there = _flat(json.loads(json.dumps(dataclasses.asdict(Config())))), _flat(saved)
+    there = {name: value for name, value in defaults.items() if name not in there} | there
+    here = _flat(json.loads(json.dumps(dataclasses.asdict(config))))
     names = sorted(there.keys() | here.keys())
     differing = [name for name in names if name not in CHANGES_NO_NUMBER and there.get(name) != here.get(name)]
     if differing:

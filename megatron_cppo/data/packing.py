@@ -91,7 +91,7 @@ def _oversized(members: Sequence[_Member], packing: Packing) -> set[int]:
         if not packing.drop_oversized:
             raise ValueError(
                 f"row {sample.prompt.row}: {len(views)} views of {segment_tokens(sample)} tokens exceed "
-                f"policy.max_tokens_per_microbatch {packing.max_tokens}; raise it to {cost}"
+                f"policy.max_tokens_per_microbatch {packing.max_tokens}; raise it to {packing.row_tokens(cost)}"
             )
         found.add(index)
     return found

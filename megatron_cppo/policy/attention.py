@@ -70,13 +70,9 @@ def segments(
     whole = torch.tensor([0, starts[-1]], dtype=torch.int32)
     cu_seqlens = cu_seqlens_S.to(device)
     common: dict[str, Any] = {"qkv_format": "thd", "max_seqlen_q": max_seqlen, "max_seqlen_kv": max_seqlen}
-    kernel = PackedSeqParams(
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        cu_seqlens_q_padded=cu_seqlens,
-        cu_seqlens_kv_padded=cu_seqlens,
-        **common,
-    )
+    kernel = PackedSeqParams(cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, **common)
+    if context.size() > 1:
+        kernel.cu_seqlens_q_padded = kernel.cu_seqlens_kv_padded = cu_seqlens
     common |= {"cu_seqlens_q": whole, "cu_seqlens_kv": whole}
     if kernels:
         return Segments(**common, kernel=kernel)

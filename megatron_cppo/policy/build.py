@@ -60,6 +60,12 @@ class Trained:
         """Where tensors are."""
         return self.chunks[0].device
 
+    def forget_features(self) -> None:
+        """Let go of what a frozen tower has encoded: at the end of a step."""
+        for chunk in self.chunks:
+            if chunk.kept is not None:
+                chunk.kept.clear()
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of all chunks."""
         return itertools.chain.from_iterable(chunk.parameters() for chunk in self.chunks)

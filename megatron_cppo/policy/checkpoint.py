@@ -3,8 +3,8 @@
 A checkpoint holds the model, the optimizer's state as sharded by it, the learning-rate schedule, random states, and a
 small JSON of the caller's (step, data position); a manifest says what each file must be. It is written beside its place
 and published by rename. Before one is loaded every byte of it is hashed, because what is loaded are pickles, and a
-damaged pickle is not an error but a program; against someone who may write in the folder no hash helps. The layout (TP,
-PP, DP) must be the same when it is loaded.
+damaged pickle is not an error but a program; against someone who may write in the folder no hash helps. The layout
+(every parallel size) must be the same when it is loaded.
 
 Here the ranks act together: what stops one of them stops all, with the same error. `checkpoint_files.py` owns the
 folders, `checkpoint_writer.py` the format.

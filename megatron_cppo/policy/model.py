@@ -38,6 +38,10 @@ from megatron_cppo.types import MicroBatch
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+_NOT_OVERRIDDEN = ("num_moe", "moe_", "mtp_")
+"""Losses and buffers of their own: what they add would be scaled by the cut of the rows, or be in no export."""
+
+
 def _overrides(pairs: tuple[str, ...], taken: dict[str, Any]) -> dict[str, Any]:
     """Parse `policy.megatron_overrides`; raises ConfigError for an unknown name or one that is set elsewhere."""
     fields = {field.name: field for field in dataclasses.fields(TransformerConfig)}
@@ -50,7 +54,7 @@ def _overrides(pairs: tuple[str, ...], taken: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"policy.megatron_overrides: {pair!r} is no name=value of TransformerConfig{hint}")
         if name in taken:
             raise ConfigError(f"policy.megatron_overrides: {name} follows from other fields; set those instead")
-        if name.endswith("_parallel_size") or name.startswith("num_moe"):
+        if name.endswith("_parallel_size") or name.startswith(_NOT_OVERRIDDEN):
             raise ConfigError(f"policy.megatron_overrides: {name} is not supported yet; leave it out")
         values[name] = _parse(text)
     return values

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_cppo.policy import step, weights
+from megatron_cppo.policy.attention import PackedAttention
 from megatron_cppo.policy.build import Trained
 from megatron_cppo.policy.model import VisionLanguageModel
 from megatron_cppo.policy.policy import Policy
@@ -105,10 +106,22 @@ class _Watched:
     def _start_backward(self, row: int, _: Tensor) -> None:
         self.backward_row = row
 
-    def see_output(self, name: str, _module: Any, inputs: Any, kwargs: Any, output: Any) -> None:
+    def with_loss(self, settings: step.LossSettings) -> step.LossSettings:
+        """`settings` whose losses say when their row's backward starts: the head's comes before the hidden states'."""
+        plain = settings.objective
+
+        def loss(*args: Any) -> Any:
+            outcome = plain.loss(*args)
+            if outcome.loss.requires_grad:
+                outcome.loss.register_hook(partial(self._start_backward, self._row))
+            return outcome
+
+        return dataclasses.replace(settings, objective=dataclasses.replace(plain, loss=loss))
+
+    def see_output(self, name: str, module: Any, inputs: Any, kwargs: Any, output: Any) -> None:
         # Activations that are computed again in backward were seen before.
         if self._inside and self._row not in self.modules and not _finite(output):
-            self.modules[self._row] = (name, _finite(inputs) and _finite(kwargs))
+            self.modules[self._row] = (name, _finite(inputs) and _finite(kwargs) and not _sees_other_ranks(module))
 
     def see_gradient(self, name: str, gradient: Tensor) -> None:
         if not bool(gradient.isfinite().all()):
@@ -124,7 +137,8 @@ def examine(policy: Policy, batch: Batch, update: int, advance: Callable[[int], 
     mini = batch.updates[update]
     rows = mini.microbatches[groups.data_rank]
     with _hooks(trained, len(rows)) as watched:
-        kept = step.gradients(trained, batch, mini, policy.settings, advance)
+        kept = step.gradients(trained, batch, mini, watched.with_loss(policy.settings), advance)
+    trained.forget_features()
     trained.optimizer.prepare_grads()
     grad_norm = float(trained.optimizer.get_grad_norm())
     found_rows = groups.from_last_stages(
@@ -228,6 +242,11 @@ def _largest(values: Tensor) -> float:
 
 def _bad_gradient(parameter: Any) -> bool:
     return parameter.requires_grad and not bool(parameter.main_grad.isfinite().all())
+
+
+def _sees_other_ranks(module: Any) -> bool:
+    """Whether a module's output depends on other ranks' tokens: context parallel attention gathers keys and values."""
+    return isinstance(module, PackedAttention) and module.context.size() > 1
 
 
 def _finite(value: Any) -> bool:

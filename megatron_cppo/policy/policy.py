@@ -86,13 +86,11 @@ class Policy:
             metrics, seen = step.update(self.trained, batch, mini, self.settings, advance)
             every.append(metrics)
             self._seen += seen
-        for chunk in self.trained.chunks:
-            if chunk.kept is not None:
-                chunk.kept.clear()
+        self.trained.forget_features()
         self.skipped = tuple(i for i, metrics in enumerate(every) if metrics["optim/skipped_updates"])
         return _averages(every) | {
             "optim/skipped_updates": float(len(self.skipped)),
-            "tokens/vision": float(_vision_tokens(batch)),
+            "tokens/vision": float(_vision_tokens(batch, once=self.trained.chunks[0].kept is not None)),
             "tokens/segments": float(_row_tokens(batch)),
             **({"data/oversized_samples": float(len(batch.oversized))} if batch.oversized else {}),
         }
@@ -144,9 +142,10 @@ def _rows(batch: Batch) -> Iterator[MicroBatch]:
     return (row for mini in batch.updates for rows in mini.microbatches for row in rows)
 
 
-def _vision_tokens(batch: Batch) -> int:
-    """Image tokens that the tower encodes in the step's updates."""
-    return sum(grid.num_tokens for row in _rows(batch) for grid in row.grids)
+def _vision_tokens(batch: Batch, *, once: bool) -> int:
+    """Image tokens that the tower encodes in the step's updates; a frozen one's images count `once`."""
+    encoded = [(key, grid.num_tokens) for row in _rows(batch) for key, grid in zip(row.images, row.grids, strict=True)]
+    return sum(dict(encoded).values()) if once else sum(count for _, count in encoded)
 
 
 def _row_tokens(batch: Batch) -> int:

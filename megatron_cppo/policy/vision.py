@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_cppo.families import towers
-from megatron_cppo.types import ImageGrid, ImageKey
+from megatron_cppo.types import VIEWS, ImageGrid, ImageKey
 
 Pixels = Callable[[ImageKey], Tensor]
 """Processed patches [P, C] of an image, fp32."""
@@ -40,7 +40,7 @@ def deal_for_good(images: Sequence[ImageKey], num_ranks: int) -> list[list[int]]
     """Which images each rank encodes when features are kept: an image belongs to the same rank in every row."""
     hands: list[list[int]] = [[] for _ in range(num_ranks)]
     for number, key in enumerate(images):
-        hands[(key.row + key.index) % num_ranks].append(number)
+        hands[(key.row + key.index + VIEWS.index(key.view)) % num_ranks].append(number)
     return hands
 
 
@@ -53,7 +53,7 @@ class Kept:
 
     def keep(self, key: ImageKey, features: Tensor) -> None:
         if self.num_bytes + features.nbytes <= CACHED_BYTES:
-            self.features[key] = features
+            self.features[key] = features.clone()  # a part of a pass would keep the whole
             self.num_bytes += features.nbytes
 
     def clear(self) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from megatron_cppo import config as configuration
 from tests.distributed import tiny_model
-from tests.distributed.tiny_run import REWARD, ROOT, Launcher, tiny_config
+from tests.distributed.tiny_run import REWARD, ROOT, Launcher, tiny_config, write_recipe
 
 LAYOUTS: dict[str, tuple[str, ...]] = {
     "qwen2_5_vl": ("--policy.tensor_parallel=1", "--policy.context_parallel=2"),
@@ -52,7 +52,6 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     configuration.save(tiny_config(folder), folder / "recipe.json")
     with_weights_of(family, folder / "model", tmp_path_factory.mktemp("weights"))
     launcher = Launcher(folder)
-    # The untrained tiny models' advantages are not small: the second update of a step may be far from the engine.
     status = launcher.finish("run", *LAYOUTS[family], "--trainer.num_steps", "2", "--optimizer.warmup_updates", "1")
     assert status == 0, launcher.said("run")
     return family, launcher, folder / "run"
@@ -84,3 +83,19 @@ def test_transformers_answers_like_the_trained_policy(run: tuple[str, Launcher, 
     )
     assert done.returncode == 0, done.stdout + done.stderr
     print(done.stdout.strip().splitlines()[-1])
+
+
+def test_oversized_samples_are_refused_before_a_run_or_counted_in_it(tmp_path: Path) -> None:
+    """Rows of 128 tokens hold every answer, but not its three views."""
+    write_recipe(tmp_path)
+    launcher = Launcher(tmp_path)
+    flags = ("--policy.max_tokens_per_microbatch", "128", "--trainer.num_steps", "1", "--optimizer.warmup_updates", "0")
+    assert launcher.finish("refused", *flags, "--check") == 2
+    assert "128 cannot hold the longest sample, 3 views x" in launcher.said("refused")
+    assert launcher.finish("dropped", *flags, "--policy.oversized_samples", "drop") == 0, launcher.said("dropped")
+    lines = [json.loads(line) for line in (tmp_path / "dropped" / "metrics.jsonl").read_text().splitlines()]
+    (step,) = [line for line in lines if "policy/loss" in line]
+    samples = (tmp_path / "dropped" / "samples" / "step_000001.jsonl").read_text().splitlines()
+    gated = [sample for sample in map(json.loads, samples) if sample["advantage"] > 0]
+    assert step["data/oversized_samples"] == len(gated) > 0
+    assert "perception/cpl" not in step
