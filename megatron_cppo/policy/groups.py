@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch.distributed import distributed_c10d
 
 from megatron_cppo.config import PolicyConfig
 
@@ -105,5 +106,12 @@ def expert_tensor_parallel(config: PolicyConfig) -> int:
 
 
 def destroy() -> None:
-    """Forget the groups, so that a process (a test) can build another layout."""
+    """Take the groups down, so that a process (a test) can build another layout. Called by all ranks.
+
+    Megatron-Core forgets its groups, and leaves each one's threads and connections.
+    """
+    dist.barrier()  # no rank may still be in a collective of one of them
     parallel_state.destroy_model_parallel()
+    for group in list(distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)

@@ -321,14 +321,14 @@ COMMANDS: dict[str, tuple[Break, tuple[str, ...], tuple[str, ...]]] = {
         ("config.json is not JSON", "copy the checkpoint again"),
     ),
     "config.json without fields": (
-        edit_config(text_config__num_hidden_layers=..., vision_config__depth=...),
+        edit_config(text_config__num_hidden_layers=..., vision_config__out_hidden_size=...),
         (),
-        ("has no field 'num_hidden_layers'; has no field 'depth'; copy the checkpoint again",),
+        ("has no field 'out_hidden_size'; has no field 'num_hidden_layers'; copy the checkpoint again",),
     ),
     "config.json of another family": (
         edit_config(model_type="llama"),
         (),
-        ("model_type 'llama' is not one of qwen2_5_vl; use a checkpoint of such a family",),
+        ("model_type 'llama' is not one of qwen2_5_vl, qwen3_vl, qwen3_vl_moe; use a checkpoint of such a family",),
     ),
     "config.json with nonsense": (
         edit_config(text_config__num_attention_heads=0, text_config__hidden_size="32", vision_config=None),

@@ -15,14 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from megatron_cppo.architecture import ModelShape, VisionShape
+from megatron_cppo.families import FAMILIES, part
+from megatron_cppo.families.rules import Rule, bind, join_qkv, join_rows, split_halves, split_qkv
 from megatron_cppo.policy.hf_folder import pad_rows, vocabulary_rows
-from megatron_cppo.policy.mapping import Rule, bind, join_qkv, join_rows, split_halves, split_qkv
-from megatron_cppo.policy.models import qwen2_5_vl
+from tests.distributed.tiny_model import NUM_EXPERTS, make_checkpoint
 
 SEEDS = range(12)
 TENSOR_PARALLEL = (1, 2, 4)
-RULES = {rule.megatron: rule for rule in qwen2_5_vl.RULES}
+RULES = {rule.megatron: rule for family in FAMILIES for rule in part(family, "mapping").RULES}
 LAYER = "language_model.decoder.layers.{layer}."
+EXPERT = LAYER + "mlp.experts.local_experts.{expert}."
 
 
 def random_shape(seed: int) -> ModelShape:
@@ -43,7 +45,7 @@ def random_shape(seed: int) -> ModelShape:
         mrope_section=(1, 1, 1),
         tied=False,
         image_token_id=5,
-        vision=VisionShape(1, 4, 4, 1, 4, 14, 2, 2),
+        vision=VisionShape(1, 4, 4, 1, 4, 14, 2, 2, num_parameters=0),
     )
 
 
@@ -126,50 +128,66 @@ def test_a_shard_wholly_beyond_the_vocabulary_is_all_zeros() -> None:
     assert torch.equal(pad_rows(torch.ones(0, 2), 4), torch.zeros(4, 2))
 
 
-def layer_names(layer: int) -> list[str]:
-    """Megatron-Core's names of one dense layer of the local specification, spelled out."""
-    parts = (
+def layer_names(family: str, layer: int, num_experts: int) -> list[str]:
+    """Megatron-Core's names of one layer of the local specification, spelled out."""
+    parts = [
         "input_layernorm.weight",
         "self_attention.linear_qkv.weight",
-        "self_attention.linear_qkv.bias",
         "self_attention.linear_proj.weight",
         "pre_mlp_layernorm.weight",
-        "mlp.linear_fc1.weight",
-        "mlp.linear_fc2.weight",
-    )
+    ]
+    if family == "qwen2_5_vl":
+        parts.append("self_attention.linear_qkv.bias")
+    else:
+        parts += ["self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"]
+    networks = ["mlp."]
+    if family == "qwen3_vl_moe":
+        parts.append("mlp.router.weight")
+        networks = [f"mlp.experts.local_experts.{expert}." for expert in range(num_experts)]
+    parts += [f"{network}{matrix}.weight" for network in networks for matrix in ("linear_fc1", "linear_fc2")]
     return [f"language_model.decoder.layers.{layer}.{part}" for part in parts]
 
 
-def megatron_names(num_layers: int) -> list[str]:
+def megatron_names(family: str, num_layers: int, num_experts: int = NUM_EXPERTS) -> list[str]:
     return [
         "visual.patch_embed.proj.weight",
         "visual.blocks.0.attn.qkv.bias",
         "language_model.embedding.word_embeddings.weight",
-        *[name for layer in range(num_layers) for name in layer_names(layer)],
+        *[name for layer in range(num_layers) for name in layer_names(family, layer, num_experts)],
         "language_model.decoder.final_layernorm.weight",
         "language_model.output_layer.weight",
     ]
 
 
-def test_every_name_has_one_rule_and_every_rule_a_name() -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_name_has_one_rule_and_every_rule_a_name(family: str) -> None:
+    rules = part(family, "mapping").RULES
+    assert all(RULES[rule.megatron] == rule for rule in rules), "families have different rules for one parameter"
     matching = {
-        name: [rule for rule in qwen2_5_vl.RULES if rule.match(name) is not None] for name in megatron_names(12)
+        name: [rule for rule in rules if rule.match(name) is not None] for name in megatron_names(family, 12, 11)
     }
-    assert {name: len(rules) for name, rules in matching.items()} == dict.fromkeys(matching, 1)
-    assert {rules[0].megatron for rules in matching.values()} == set(RULES)
-    for name in ("language_model.decoder.layers.x.mlp.linear_fc1.weight", "xvisual.a", "visual.", "visual"):
-        assert all(rule.match(name) is None for rule in qwen2_5_vl.RULES), name
+    assert {name: len(found) for name, found in matching.items()} == dict.fromkeys(matching, 1)
+    assert {found[0].megatron for found in matching.values()} == {rule.megatron for rule in rules}
+    for name in (
+        "language_model.decoder.layers.x.mlp.linear_fc1.weight",
+        "language_model.decoder.layers.1.mlp.experts.local_experts.x.linear_fc1.weight",
+        "xvisual.a",
+        "visual.",
+        "visual",
+    ):
+        assert all(rule.match(name) is None for rule in rules), name
 
 
-def test_rules_name_all_tensors_of_a_checkpoint_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rules_name_all_tensors_of_a_checkpoint_once(family: str, tmp_path: Path) -> None:
     from megatron_cppo.policy.hf_folder import Reader
-    from tests.distributed.tiny_model import make_checkpoint
 
-    with Reader(make_checkpoint(tmp_path / "hf")) as reader:
+    with Reader(make_checkpoint(tmp_path / "hf", family=family)) as reader:
         on_disk = reader.names
     visual = [name for name in on_disk if name.startswith("visual.")]
-    others = [name for name in megatron_names(2) if not name.startswith("visual.")]
-    bindings = bind(((name, nn.Parameter(torch.zeros(1))) for name in [*visual, *others]), qwen2_5_vl.RULES)
+    others = [name for name in megatron_names(family, 2) if not name.startswith("visual.")]
+    rules = part(family, "mapping").RULES
+    bindings = bind(((name, nn.Parameter(torch.zeros(1))) for name in [*visual, *others]), rules)
     hf_names = [name for binding in bindings for name in binding.hf_names]
     assert len(visual) > 10
     assert len(hf_names) == len(set(hf_names))
@@ -179,15 +197,23 @@ def test_rules_name_all_tensors_of_a_checkpoint_once(tmp_path: Path) -> None:
 def test_a_layers_number_reaches_the_hugging_face_names() -> None:
     (binding,) = bind(
         iter([("language_model.decoder.layers.37.self_attention.linear_qkv.bias", nn.Parameter(torch.zeros(1)))]),
-        qwen2_5_vl.RULES,
+        part("qwen2_5_vl", "mapping").RULES,
     )
     assert binding.hf_names == tuple(f"model.layers.37.self_attn.{part}_proj.bias" for part in "qkv")
 
 
+def test_an_experts_number_reaches_the_hugging_face_names() -> None:
+    name = "language_model.decoder.layers.37.mlp.experts.local_experts.101.linear_fc1.weight"
+    (binding,) = bind(iter([(name, nn.Parameter(torch.zeros(1)))]), part("qwen3_vl_moe", "mapping").RULES)
+    assert binding.hf_names == tuple(f"model.layers.37.mlp.experts.101.{part}_proj.weight" for part in ("gate", "up"))
+    assert binding.rule.expert
+
+
 def test_a_parameter_without_a_rule_is_named() -> None:
     stranger = [("language_model.decoder.layers.0.mlp.router.weight", nn.Parameter(torch.zeros(1)))]
-    with pytest.raises(AssertionError, match=r"no mapping rule.*layers\.0\.mlp\.router\.weight"):
-        bind(iter(stranger), qwen2_5_vl.RULES)
+    for family in ("qwen2_5_vl", "qwen3_vl"):
+        with pytest.raises(AssertionError, match=r"no mapping rule.*layers\.0\.mlp\.router\.weight"):
+            bind(iter(stranger), part(family, "mapping").RULES)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -202,6 +228,8 @@ def test_cutting_then_joining_is_cutting_megatrons_parameter(seed: int) -> None:
         LAYER + "self_attention.linear_proj.weight": [(h, q)],
         LAYER + "mlp.linear_fc1.weight": [(f, h), (f, h)],
         LAYER + "mlp.linear_fc2.weight": [(h, f)],
+        EXPERT + "linear_fc1.weight": [(f, h), (f, h)],
+        EXPERT + "linear_fc2.weight": [(h, f)],
     }
     cut = {name for name, rule in RULES.items() if rule.axis is not None and not rule.vocab}
     assert cut == sizes.keys()

@@ -14,7 +14,8 @@ import torch
 
 from megatron_cppo.algo.objective import OBJECTIVES
 from megatron_cppo.data.packing import ViewsFor, build_batch, pack, segment_tokens
-from megatron_cppo.data.positions import rope_positions
+from megatron_cppo.families.qwen2_5_vl.positions import rope_positions
+from megatron_cppo.plan import Packing
 from megatron_cppo.types import VIEWS, Batch, Group, ImageGrid, MicroBatch, MiniBatch, Prompt, Sample, View
 
 IMAGE = 5
@@ -79,9 +80,7 @@ class Step:
     groups: list[Group]
     batch: Batch
     views_for: ViewsFor
-    data_parallel: int
-    max_tokens: int
-    row_multiple: int
+    packing: Packing
     num_updates: int
 
     @property
@@ -101,14 +100,13 @@ def random_step(seed: int) -> Step:
     views_for = VIEW_RULES[seed % len(VIEW_RULES)]
     samples = [sample for group in groups for sample in group.samples]
     needed = max(len(views_for(sample)) * segment_tokens(sample) for sample in samples)
-    settings = {
-        "data_parallel": int(rng.integers(1, 9)),
-        "max_tokens": int(needed * rng.choice([1.0, 1.3, 4.0, 20.0])),
-        "row_multiple": int(rng.choice([1, 2, 8, 16])),
-        "num_updates": num_updates,
-    }
-    batch = build_batch(groups, views_for=views_for, score=bool(seed % 3), **settings)
-    return Step(groups, batch, views_for, **settings)
+    packing = Packing(
+        data_parallel=int(rng.integers(1, 9)),
+        max_tokens=int(needed * rng.choice([1.0, 1.3, 4.0, 20.0])),
+        row_multiple=int(rng.choice([1, 2, 8, 16])),
+    )
+    batch = build_batch(groups, views_for=views_for, num_updates=num_updates, packing=packing, score=bool(seed % 3))
+    return Step(groups, batch, views_for, packing, num_updates)
 
 
 @pytest.fixture(scope="module")
@@ -150,12 +148,12 @@ def segments(row: MicroBatch) -> list[tuple[int, int]]:
 def test_the_random_steps_cover_what_matters(steps: list[Step]) -> None:
     minis = [mini for step in steps for mini, _, _ in step.parts]
     samples = [sample for step in steps for sample in step.batch.samples]
-    assert {step.data_parallel for step in steps} == set(range(1, 9))
+    assert {step.packing.data_parallel for step in steps} == set(range(1, 9))
     assert {step.num_updates for step in steps} == {1, 2, 3}
     assert {len(step.groups[0].samples) for step in steps} == {1, 2, 3, 4, 5}
     assert {len(sample.prompt.grids) for sample in samples} == {0, 1, 2, 3}
     assert sum(-1 in row.sample_ids for mini in minis for row in rows_of(mini)) > 50
-    assert sum(len(rows_of(mini)) > step.data_parallel for step in steps for mini, _, _ in step.parts) > 50
+    assert sum(len(rows_of(mini)) > step.packing.data_parallel for step in steps for mini, _, _ in step.parts) > 50
     assert sum(row.num_padding_tokens > 0 for mini in minis for row in rows_of(mini)) > 50
     assert sum(len(row.sample_ids) > 3 for mini in minis for row in rows_of(mini)) > 50
     assert sum(IMAGE in sample.token_ids[:-1] and bool(sample.prompt.grids) for sample in samples) > 50
@@ -173,16 +171,16 @@ def test_every_sample_is_in_one_row_of_its_update(steps: list[Step]) -> None:
 
 def test_every_rank_has_as_many_rows_and_fillers_fill_only_empty_ones(steps: list[Step]) -> None:
     for step in steps:
-        for mini, expected, _ in step.parts:
-            assert len(mini.microbatches) == step.data_parallel
+        for mini, _, _ in step.parts:
+            assert len(mini.microbatches) == step.packing.data_parallel
             assert len({len(rows) for rows in mini.microbatches}) == 1
             rows = rows_of(mini)
             fillers = [row for row in rows if -1 in row.sample_ids]
-            shortest = min(segment_tokens(step.batch.samples[i]) for i in expected)
+            shortest = min(segment_tokens(sample) for sample in step.batch.samples)
             for row in fillers:
                 assert row.sample_ids == (-1,), "a filler shares a row"
                 assert row.token_ids_T.numel() - row.num_padding_tokens == shortest
-            assert len(fillers) < step.data_parallel, "one row fewer on every rank would have done"
+            assert len(fillers) < step.packing.data_parallel, "one row fewer on every rank would have done"
 
 
 def test_rows_stay_within_their_capacity(steps: list[Step]) -> None:
@@ -190,9 +188,9 @@ def test_rows_stay_within_their_capacity(steps: list[Step]) -> None:
         for mini, _, _ in step.parts:
             for row in rows_of(mini):
                 tokens = row.token_ids_T.numel()
-                assert tokens % step.row_multiple == 0
-                assert 0 <= row.num_padding_tokens < step.row_multiple
-                assert tokens - row.num_padding_tokens <= step.max_tokens
+                assert tokens % step.packing.row_multiple == 0
+                assert 0 <= row.num_padding_tokens < step.packing.row_multiple
+                assert tokens - row.num_padding_tokens <= step.packing.max_tokens
                 assert row.positions_3T.shape == (3, tokens)
                 assert row.cu_seqlens_S.dtype == torch.int32
                 assert (row.cu_seqlens_S[0], row.cu_seqlens_S[-1]) == (0, tokens)
@@ -209,7 +207,7 @@ def test_rows_are_about_equally_full(steps: list[Step]) -> None:
             samples = [step.batch.samples[i] for i in expected]
             heaviest = max(len(views_for(sample)) * segment_tokens(sample) for sample in samples)
             # A group of at most a quarter of a row travels whole.
-            assert max(load) - min(load) <= max(heaviest, step.max_tokens // 4)
+            assert max(load) - min(load) <= max(heaviest, step.packing.max_tokens // 4)
 
 
 def test_segments_hold_prompt_and_response_under_exactly_the_views(steps: list[Step]) -> None:
@@ -315,7 +313,7 @@ def test_only_samples_with_positive_advantage_and_an_image_are_perturbed() -> No
         make_sample(text_only, 0, [11], 1.0),
     ):
         assert views_for(sample) == ("original",)
-    row = pack([(0, make_sample(text_only, 0, [11, 12], 1.0), ("original",))])
+    row = pack([(0, make_sample(text_only, 0, [11, 12], 1.0), ("original",))], Packing())
     assert row.images == ()
     assert row.feature_slots_F.numel() == row.feature_rows_F.numel() == 0
     assert (row.rows_removing_N == -1).all()
@@ -333,9 +331,7 @@ def test_a_small_group_shares_a_row_and_its_images() -> None:
         groups,
         views_for=OBJECTIVES["cppo"].views_for,
         num_updates=1,
-        data_parallel=2,
-        max_tokens=max(4 * max(costs), sum(costs) // 3),
-        row_multiple=1,
+        packing=Packing(data_parallel=2, max_tokens=max(4 * max(costs), sum(costs) // 3)),
         score=False,
     )
     rows = rows_of(batch.updates[0])
@@ -349,7 +345,7 @@ def test_the_same_prompt_in_another_epoch_is_another_image() -> None:
     rng = np.random.default_rng(2)
     prompt = make_prompt(0, 1, rng)
     later = replace(prompt, epoch=1)
-    row = pack([(0, make_sample(prompt, 0, [11], 1.0), VIEWS), (1, make_sample(later, 0, [11], 1.0), VIEWS)])
+    row = pack([(0, make_sample(prompt, 0, [11], 1.0), VIEWS), (1, make_sample(later, 0, [11], 1.0), VIEWS)], Packing())
     assert len(row.images) == 6
 
 
@@ -357,10 +353,10 @@ def test_padding_is_a_segment_of_its_own() -> None:
     prompt = make_prompt(3, 0, np.random.default_rng(3))
     sample = make_sample(prompt, 0, [11, 12, 13], 1.0)
     length = segment_tokens(sample)
-    row = pack([(0, sample, ("original",))], row_multiple=length + 5)
+    row = pack([(0, sample, ("original",))], Packing(row_multiple=length + 5))
     assert row.cu_seqlens_S.tolist() == [0, length, length + 5]
     assert row.num_padding_tokens == 5
-    assert pack([(0, sample, ("original",))], row_multiple=length).num_padding_tokens == 0
+    assert pack([(0, sample, ("original",))], Packing(row_multiple=length)).num_padding_tokens == 0
 
 
 def test_a_sample_that_fits_no_row_is_named() -> None:
@@ -374,18 +370,17 @@ def test_a_sample_that_fits_no_row_is_named() -> None:
     options: dict[str, Any] = {
         "views_for": OBJECTIVES["cppo"].views_for,
         "num_updates": 1,
-        "data_parallel": 2,
-        "row_multiple": 1,
         "score": False,
     }
     said = (
         f"row 8: 3 views of {cost // 3} tokens exceed policy.max_tokens_per_microbatch {cost - 1}; raise it to {cost}"
     )
     with pytest.raises(ValueError, match=said):
-        build_batch(groups, max_tokens=cost - 1, **options)
-    assert len(rows_of(build_batch(groups, max_tokens=cost, **options).updates[0])) == 2
+        build_batch(groups, packing=Packing(data_parallel=2, max_tokens=cost - 1), **options)
+    enough = Packing(data_parallel=2, max_tokens=cost)
+    assert len(rows_of(build_batch(groups, packing=enough, **options).updates[0])) == 2
     with pytest.raises(AssertionError, match="2 prompts cannot be cut into 3 updates"):
-        build_batch(groups, max_tokens=cost, **(options | {"num_updates": 3}))
+        build_batch(groups, packing=enough, **(options | {"num_updates": 3}))
 
 
 def test_planning_is_a_function_of_its_arguments() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_cppo import architecture, plan
+from megatron_cppo import architecture, families, plan
 from megatron_cppo.config import (
     Config,
     ConfigError,
@@ -20,6 +20,7 @@ from megatron_cppo.config import (
     RolloutConfig,
     TrainerConfig,
 )
+from tests.published_models import CONFIGS, PUBLISHED
 
 VISION = {
     "depth": 2,
@@ -64,38 +65,6 @@ NESTED_OLD_STYLE: dict[str, Any] = {
 }
 STYLES = {"5.x": NEW_STYLE, "4.x": OLD_STYLE, "4.x nested": NESTED_OLD_STYLE}
 
-# The published config.json of Qwen2.5-VL-3B-Instruct and -7B-Instruct, what the shape depends on.
-PUBLISHED: dict[str, Any] = {
-    "model_type": "qwen2_5_vl",
-    "image_token_id": 151655,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1_000_000.0,
-    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-}
-PUBLISHED_VISION = {**VISION, "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}
-QWEN_3B: dict[str, Any] = {
-    **PUBLISHED,
-    "vocab_size": 151936,
-    "hidden_size": 2048,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": True,
-    "vision_config": {**PUBLISHED_VISION, "out_hidden_size": 2048},
-}
-QWEN_7B: dict[str, Any] = {
-    **PUBLISHED,
-    "vocab_size": 152064,
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "tie_word_embeddings": False,
-    "vision_config": {**PUBLISHED_VISION, "out_hidden_size": 3584},
-}
-
 
 def write(folder: Path, config: dict[str, Any] | str) -> str:
     (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
@@ -137,7 +106,7 @@ def problems(config: Config) -> list[str]:
 # One wrong choice each: what is said must name it, say what was given, and how to mend it.
 SINGLE_PROBLEMS: dict[str, tuple[dict[str, object], str]] = {
     "TP divides nothing": (
-        {"policy__tensor_parallel": 7, "trainer__num_gpus": 7},
+        {"policy__tensor_parallel": 7, "trainer__num_gpus": 7, "policy__max_tokens_per_microbatch": 385},
         "policy.tensor_parallel: 7 does not divide the model's 12 attention heads, 4 key/value heads, "
         "60 feed-forward channels; use 4",
     ),
@@ -190,7 +159,7 @@ SINGLE_PROBLEMS: dict[str, tuple[dict[str, object], str]] = {
     "capacity": (
         {"policy__max_tokens_per_microbatch": 383},
         "policy.max_tokens_per_microbatch: 383 cannot hold the longest sample, 3 views x (data.max_prompt_tokens 100 + "
-        "rollout.max_response_tokens 29 - 1); use at least 384",
+        "rollout.max_response_tokens 29 - 1), in rows of multiples of 2; use at least 384",
     ),
     "updates": (
         {"trainer__updates_per_step": 5},
@@ -284,8 +253,9 @@ def test_without_a_checkpoint_the_other_problems_still_come(good: Config) -> Non
 @pytest.mark.parametrize("wanted", range(1, 9))
 def test_the_tensor_parallel_size_that_is_proposed_works(wanted: int, tmp_path: Path, good: Config) -> None:
     """28 heads and 4 key/value heads: 7 would suit the heads alone."""
-    path = write(tmp_path, QWEN_7B)
-    config = changed(good, model__path=path, policy__tensor_parallel=wanted, trainer__num_gpus=wanted)
+    path = write(tmp_path, CONFIGS["Qwen2.5-VL-7B-Instruct"])
+    config = changed(good, model__path=path, policy__max_tokens_per_microbatch=840)  # a row for any of the sizes
+    config = changed(config, policy__tensor_parallel=wanted, trainer__num_gpus=wanted)
     if wanted in (2, 4):
         assert plan.resolve(config).data_parallel == 1
         return
@@ -300,7 +270,10 @@ def test_the_tensor_parallel_size_that_is_proposed_works(wanted: int, tmp_path: 
 BROKEN_CHECKPOINTS: dict[str, tuple[dict[str, Any] | str, str]] = {
     "cut off": ('{"model_type": "qwen2', "config.json is not JSON .*; copy the checkpoint again"),
     "not text": ("[1, 2]", "config.json is not a JSON object; copy the checkpoint again"),
-    "other family": ({"model_type": "llama"}, "model_type 'llama' is not one of qwen2_5_vl"),
+    "other family": (
+        {"model_type": "llama"},
+        "model_type 'llama' is not one of qwen2_5_vl, qwen3_vl, qwen3_vl_moe; use a checkpoint of such a family",
+    ),
     "no family": ({}, "model_type None is not one of"),
     "missing field": (
         {key: value for key, value in OLD_STYLE.items() if key != "num_hidden_layers"},
@@ -321,12 +294,12 @@ BROKEN_CHECKPOINTS: dict[str, tuple[dict[str, Any] | str, str]] = {
 def test_a_broken_checkpoint_is_a_config_error(name: str, tmp_path: Path) -> None:
     content, said = BROKEN_CHECKPOINTS[name]
     with pytest.raises(ConfigError, match=f"^model.path: .*{said}"):
-        architecture.read(write(tmp_path, content))
+        families.read_shape(write(tmp_path, content))
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_both_generations_of_config_files_say_the_same(style: str, tmp_path: Path) -> None:
-    shape = architecture.read(write(tmp_path, STYLES[style]))
+    shape = families.read_shape(write(tmp_path, STYLES[style]))
     assert (shape.num_layers, shape.hidden_size, shape.ffn_size, shape.vocab_size) == (2, 96, 60, 131)
     assert (shape.num_heads, shape.num_kv_heads, shape.head_size) == (12, 4, 8)
     assert (shape.rope_theta, shape.mrope_section, shape.norm_epsilon) == (10_000.0, (1, 1, 2), 1e-6)
@@ -340,7 +313,15 @@ def test_both_generations_of_config_files_say_the_same(style: str, tmp_path: Pat
         patch_size=14,
         temporal_patch_size=2,
         merge_size=2,
+        num_parameters=tower_parameters(),
     )
+
+
+def tower_parameters() -> int:
+    """The tiny tower's tensors, one by one."""
+    block = (24 * 72 + 72) + (24 * 24 + 24) + 2 * (24 * 48 + 48) + (48 * 24 + 24) + 2 * 24
+    merger = 24 + (96 * 96 + 96) + (96 * 96 + 96)
+    return 3 * 2 * 14 * 14 * 24 + 2 * block + merger
 
 
 def test_derived_numbers(good: Config) -> None:
@@ -348,14 +329,13 @@ def test_derived_numbers(good: Config) -> None:
     assert (found.num_ranks, found.data_parallel) == (4, 2)
     assert found.padded_vocab_size == 132  # 131 over 2
     assert (found.samples_per_step, found.prompts_per_update, found.num_updates) == (60, 4, 21)
-    assert found.row_multiple == 2
-    assert found.max_tokens_per_microbatch == 384
+    assert found.packing == plan.Packing(data_parallel=2, max_tokens=384, row_multiple=2)
     assert (found.longest_sample_tokens, found.views_per_gated_sample) == (3 * (100 + 29 - 1), 3)
     assert found.uses_reference
     assert found.scores_old_logp
     # Without sequence parallelism no row is padded, and one update a step is on-policy.
     plain = plan.resolve(changed(good, policy__sequence_parallel=False, trainer__updates_per_step=1))
-    assert (plain.row_multiple, plain.scores_old_logp, plain.prompts_per_update) == (1, False, 12)
+    assert (plain.packing.row_multiple, plain.scores_old_logp, plain.prompts_per_update) == (1, False, 12)
     assert not plan.resolve(changed(good, algorithm__beta=0.0)).uses_reference
     grpo = plan.resolve(changed(good, algorithm__objective="grpo"))
     assert (grpo.longest_sample_tokens, grpo.views_per_gated_sample, grpo.uses_reference) == (128, 1, True)
@@ -369,9 +349,7 @@ def test_memory_against_a_count_by_hand(good: Config) -> None:
     qkv, attention_out = 96 * (12 + 2 * 4) * 8 + (12 + 2 * 4) * 8, 12 * 8 * 96
     layer = qkv + attention_out + 3 * 96 * 60 + 2 * 96
     language = 2 * 131 * 96 + 2 * layer + 96
-    block = (24 * 72 + 72) + (24 * 24 + 24) + 2 * (24 * 48 + 48) + (48 * 24 + 24) + 2 * 24
-    merger = 24 + (96 * 96 + 96) + (96 * 96 + 96)
-    tower = 3 * 2 * 14 * 14 * 24 + 2 * block + merger
+    tower = tower_parameters()
     found = plan.resolve(good)
     assert found.num_parameters == language + tower
     local = language / 2 + tower  # TP 2; every rank holds the tower
@@ -413,14 +391,14 @@ def test_layers_and_memory_of_stages(tmp_path: Path, good: Config) -> None:
         vocabulary, tower = 131 * 96, shape.vision.num_parameters
         first = (vocabulary + shape.layer_parameters) / 2 + tower
         last = (vocabulary + 96 + 4 * shape.layer_parameters) / 2
-        assert found.layers_per_stage == (1, 4)
+        assert found.layers_per_chunk == (1, 4)
         assert found.data_parallel == 1
         assert found.memory.weights_gib == pytest.approx(2 * max(first, last) / 2**30)
         assert found.memory.gradients_gib == pytest.approx(4 * max(first, last) / 2**30)
         frozen = plan.resolve(changed(good, **cut, model__train_vision=False)).memory
         assert frozen.gradients_gib == pytest.approx(4 * max(first - tower, last) / 2**30)
     even = plan.resolve(changed(good, policy__pipeline_parallel=2))
-    assert even.layers_per_stage == (1, 1)
+    assert even.layers_per_chunk == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -431,8 +409,9 @@ def test_the_description_names_every_number(fields: dict[str, object], said: str
     found = plan.resolve(changed(good, **fields))
     text = plan.describe(found)
     names = [line.split()[0] for line in text.splitlines()]
-    numbers = [name for name in (*plan.Plan.__slots__, *plan.Memory.__slots__) if name not in ("shape", "memory")]
-    assert set(numbers) <= set(names)
+    records = (plan.Plan, plan.Packing, plan.Memory)
+    numbers = {name for record in records for name in record.__slots__} - {"shape", "packing", "memory"}
+    assert numbers <= set(names)
     assert f"reference {said}" in " ".join(text.split())
 
 
@@ -450,10 +429,8 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "4.x tied": {**OLD_STYLE, "tie_word_embeddings": True},
     "4.x nested, tied inside": _with_text(tie_word_embeddings=True),
     "4.x nested, tied nowhere": _with_text(),
-    "Qwen2.5-VL-3B": QWEN_3B,
-    "Qwen2.5-VL-7B": QWEN_7B,
+    **{name: CONFIGS[name] for name in ("Qwen2.5-VL-3B-Instruct", "Qwen2.5-VL-7B-Instruct")},
 }
-PUBLISHED_PARAMETERS = {"Qwen2.5-VL-3B": 3_754_622_976, "Qwen2.5-VL-7B": 8_292_166_656}
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -462,13 +439,13 @@ def test_parameters_are_those_of_the_transformers_model(name: str, tmp_path: Pat
     import torch
     from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
-    shape = architecture.read(write(tmp_path, CHECKPOINTS[name]))
+    shape = families.read_shape(write(tmp_path, CHECKPOINTS[name]))
     config: Any = AutoConfig.from_pretrained(tmp_path)
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(config)
     assert shape.num_parameters == sum(parameter.numel() for parameter in model.parameters())
     assert shape.vision.num_parameters == sum(parameter.numel() for parameter in model.model.visual.parameters())
     assert shape.tied == config.tie_word_embeddings == (model.lm_head.weight is model.get_input_embeddings().weight)
-    assert shape.num_parameters == PUBLISHED_PARAMETERS.get(name, shape.num_parameters)
+    assert shape.num_parameters == PUBLISHED.get(name, shape.num_parameters)
     config.save_pretrained(tmp_path)
-    assert architecture.read(str(tmp_path)) == shape
+    assert families.read_shape(str(tmp_path)) == shape
