@@ -2,8 +2,8 @@
 
 Owns the records, and what the families' config.json files have in common; what differs is in `families/*/shape.py`.
 Transformers 4.x writes the text fields at the top level or under `text_config`, with `rope_theta` and `rope_scaling`;
-5.x writes `text_config.rope_parameters`. Both are read. Embeddings are tied where either level says so, as in
-transformers: 4.x may leave the top-level `tie_word_embeddings` out.
+5.x writes `text_config.rope_parameters`. Both are read. Whether embeddings are tied is the top level's to say: within
+`text_config` transformers 5 writes a class's default.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def language_numbers(top: dict[str, Any], text: Fields, problems: list[str]) -> 
         "norm_epsilon": text.size("rms_norm_eps"),
         "rope_theta": rope.size("rope_theta"),
         "mrope_section": rope.counts("mrope_section"),
-        "tied": bool(top.get("tie_word_embeddings") or text.values.get("tie_word_embeddings")),
+        "tied": bool(top.get("tie_word_embeddings")),
         "image_token_id": Fields(top, "", problems).count("image_token_id", 0),
     }
 

@@ -18,6 +18,7 @@ from megatron_cppo.algo.objective import OBJECTIVES, Counts, Outcome, Tokens
 from megatron_cppo.algo.vocab_parallel import linear_divergence, linear_statistics
 from megatron_cppo.config import AlgorithmConfig, PerceptionConfig
 from megatron_cppo.data.packing import pack
+from megatron_cppo.plan import Packing
 from megatron_cppo.types import VIEWS, ImageGrid, Prompt, Sample, View
 
 HIDDEN_SIZE, VOCAB_SIZE, BANNED = 7, 23, (4, 5)
@@ -150,7 +151,7 @@ def run_row(
     samples = [problem.samples[i] for i in real]
     views_for = OBJECTIVES[objective].views_for
     views: list[tuple[View, ...]] = [("original",) if i < 0 else tuple(views_for(problem.samples[i])) for i in members]
-    row = pack([(i, sample, v) for i, sample, v in zip(members, samples, views, strict=True)])
+    row = pack([(i, sample, v) for i, sample, v in zip(members, samples, views, strict=True)], Packing())
     hidden_TH = torch.zeros(row.token_ids_T.numel(), HIDDEN_SIZE, dtype=torch.float64)
     by_view = dict(zip(VIEWS, (row.rows_original_N, row.rows_preserving_N, row.rows_removing_N), strict=True))
     for place, i in enumerate(real):

@@ -22,6 +22,8 @@ def proposals(said: str) -> Iterator[dict[str, object]]:
     """The changes that a problem's text proposes, each by itself."""
     subject, _, cure = said.partition(": ")
     cure = cure.rpartition(";")[2]
+    if "another trainer.num_gpus" in cure:  # no change by itself
+        return
     if "turn it off" in cure:
         yield {subject.replace(".", "__"): False}
     for name, words in re.findall(r"--(\w+\.\w+) ([\w ]+)", cure):

@@ -264,7 +264,8 @@ def test_a_step_is_refused_exactly_where_samples_would_be_dropped(case: Case) ->
         assert kept == refused
         return
     sample = case.samples[dropped[0]]
-    cost = len(case.views(sample)) * case.padded(sample)
+    multiple = case.packing.row_multiple
+    cost = -(-len(case.views(sample)) * case.padded(sample) // multiple) * multiple
     with pytest.raises(ValueError, match=f"^row {sample.prompt.row}: .*; raise it to {cost}$"):
         case.plan(drop=False)
 

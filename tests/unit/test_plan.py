@@ -108,11 +108,11 @@ SINGLE_PROBLEMS: dict[str, tuple[dict[str, object], str]] = {
     "TP divides nothing": (
         {"policy__tensor_parallel": 7, "trainer__num_gpus": 7, "policy__max_tokens_per_microbatch": 385},
         "policy.tensor_parallel: 7 does not divide the model's 12 attention heads, 4 key/value heads, "
-        "60 feed-forward channels; use 4",
+        "60 feed-forward channels; use 4, and another trainer.num_gpus",
     ),
     "TP divides heads only": (
         {"policy__tensor_parallel": 6, "trainer__num_gpus": 6},
-        "policy.tensor_parallel: 6 does not divide the model's 4 key/value heads; use 4",
+        "policy.tensor_parallel: 6 does not divide the model's 4 key/value heads; use 2",
     ),
     "TP below one": ({"policy__tensor_parallel": 0}, "policy.tensor_parallel: 0 is outside [1, inf]; use 1"),
     "no ranks": ({"trainer__num_gpus": 0}, "trainer.num_gpus: 0 is outside [1, inf]; use 1"),
@@ -263,7 +263,7 @@ def test_the_tensor_parallel_size_that_is_proposed_works(wanted: int, tmp_path: 
     if wanted == 1:
         assert said == SINGLE_PROBLEMS["SP without TP"][1]
         return
-    use = int(said.rsplit("use ", 1)[1])
+    use = int(said.rsplit("use ", 1)[1].removesuffix(", and another trainer.num_gpus"))
     assert plan.resolve(changed(config, policy__tensor_parallel=use, trainer__num_gpus=use)).num_ranks == use
 
 

@@ -17,8 +17,11 @@ def read(top: dict[str, Any], problems: list[str]) -> ModelShape:
     fields = architecture.vision_fields(top, problems)
     fields.values = VISION_DEFAULTS | fields.values
     vision = architecture.vision_numbers(fields)
+    language = architecture.language_numbers(top, text, problems)
+    # transformers ties this family where either level says so: 4.x may leave the top level's field out.
+    language["tied"] |= bool(text.values.get("tie_word_embeddings"))
     return ModelShape(
-        **architecture.language_numbers(top, text, problems),
+        **language,
         ffn_size=text.count("intermediate_size"),
         qkv_bias=True,
         vision=VisionShape(**vision, num_parameters=_tower_parameters(**vision)),
