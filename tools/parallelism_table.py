@@ -1,7 +1,7 @@
 """Puts what `test_matrix.py` measured into docs/parallelism.md.
 
-    python -m pytest tests/distributed/test_matrix.py --slow --write-errors errors.jsonl
-    python -m tools.parallelism_table errors.jsonl
+python -m pytest tests/distributed/test_matrix.py --slow --write-errors errors.jsonl
+python -m tools.parallelism_table errors.jsonl
 """
 
 from __future__ import annotations
