@@ -6,6 +6,7 @@ The tokenizer, template and pictures are the demo's; the weights are a tiny rand
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from megatron_cppo import config as configuration
+from megatron_cppo.launch import loopback_interface
 from tests.distributed import tiny_model
 from tests.distributed.tiny_run import REWARD, ROOT, Launcher, tiny_config, write_recipe
 
@@ -72,10 +74,12 @@ def test_a_run_samples_trains_and_exports(run: tuple[str, Launcher, Path]) -> No
 
 def test_transformers_answers_like_the_trained_policy(run: tuple[str, Launcher, Path]) -> None:
     """By the tool that users have for it."""
-    _, _, folder = run
+    _, launcher, folder = run
+    places = os.pathsep.join([str(ROOT), str(launcher.folder)])
     done = subprocess.run(
         [sys.executable, "-m", "tools.verify_export", str(folder)],
         cwd=ROOT,
+        env=os.environ | loopback_interface() | {"PYTHONPATH": places},
         capture_output=True,
         text=True,
         timeout=240,
@@ -86,12 +90,12 @@ def test_transformers_answers_like_the_trained_policy(run: tuple[str, Launcher, 
 
 
 def test_oversized_samples_are_refused_before_a_run_or_counted_in_it(tmp_path: Path) -> None:
-    """Rows of 128 tokens hold every answer, but not its three views."""
+    """Rows of 80 tokens hold every answer, but not its three views."""
     write_recipe(tmp_path)
     launcher = Launcher(tmp_path)
-    flags = ("--policy.max_tokens_per_microbatch", "128", "--trainer.num_steps", "1", "--optimizer.warmup_updates", "0")
+    flags = ("--policy.max_tokens_per_microbatch", "80", "--trainer.num_steps", "1", "--optimizer.warmup_updates", "0")
     assert launcher.finish("refused", *flags, "--check") == 2
-    assert "128 cannot hold the longest sample, 3 views x" in launcher.said("refused")
+    assert "80 cannot hold the longest sample, 3 views x" in launcher.said("refused")
     assert launcher.finish("dropped", *flags, "--policy.oversized_samples", "drop") == 0, launcher.said("dropped")
     lines = [json.loads(line) for line in (tmp_path / "dropped" / "metrics.jsonl").read_text().splitlines()]
     (step,) = [line for line in lines if "policy/loss" in line]
