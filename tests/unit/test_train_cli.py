@@ -21,7 +21,7 @@ import pytest
 from megatron_cppo import config as configuration
 from megatron_cppo import launch, pretrained, train
 from megatron_cppo.config import Config, ConfigError
-from megatron_cppo.plan import Memory, Plan
+from megatron_cppo.plan import Memory, Packing, Plan
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = {
@@ -118,7 +118,8 @@ def test_check_shows_config_and_plan_at_once(recipe: str) -> None:
     assert "  policy.tensor_parallel = 2" in lines
     assert "  trainer.prompts_per_step = 6" in lines
     plan = dict(line.split(maxsplit=1) for line in lines[lines.index("plan") + 1 : -1])
-    assert {*Plan.__slots__, *Memory.__slots__} - {"shape", "memory"} <= plan.keys()
+    records = {"shape", "memory", "packing"}
+    assert {*Plan.__slots__, *Memory.__slots__, *Packing.__slots__} - records <= plan.keys()
     assert (plan["num_ranks"], plan["data_parallel"], plan["longest_sample_tokens"]) == ("4", "2", str(3 * 71))
     assert seconds < MAX_CHECK_SECONDS
 
