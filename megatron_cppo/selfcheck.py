@@ -73,6 +73,6 @@ def _engine_gap(batch: Batch) -> float:
 
 
 def _largest(sizes: Iterable[float]) -> float:
-    """The largest of `sizes`, and NaN when one of them is: `max` loses a NaN that is not the first."""
+    """The largest of `sizes`, 0 without any, and NaN when one of them is: `max` loses a NaN that is not the first."""
     found = list(sizes)
-    return math.nan if any(math.isnan(size) for size in found) else max(found)
+    return math.nan if any(math.isnan(size) for size in found) else max(found, default=0.0)

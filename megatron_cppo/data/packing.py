@@ -130,6 +130,8 @@ def _balance(pieces: Sequence[_Piece], packing: Packing) -> list[list[_Member]]:
     A row that gets no piece is left empty.
     """
     total, multiple = sum(piece.tokens for piece in pieces), packing.rows_multiple
+    longest = max((piece.tokens for piece in pieces), default=0)
+    assert longest <= packing.max_tokens, f"a piece of {longest} tokens, rows of {packing.max_tokens}"
     per_rank = max(1, math.ceil(total / packing.max_tokens / packing.data_parallel))
     per_rank = math.ceil(per_rank / multiple) * multiple
     order = sorted(range(len(pieces)), key=lambda i: (-pieces[i].tokens, i))
