@@ -40,7 +40,7 @@ CUTS = {
     "small rows": ("TP1", 213, False),
     "small rows, reversed": ("TP1", 213, True),
     "medium rows, reversed": ("TP1", 500, True),
-    **{layout: (layout, 600, False) for layout in ("TP2+SP recompute full", "DP2", "CP2", "TP2xPP2+SP")},
+    **{layout: (layout, 600, False) for layout in LAYOUTS if layout != "TP1"},
     "CP2, small rows, reversed": ("CP2", 240, True),
     "DP2, small rows, reversed": ("DP2", 213, True),
     "TP2+SP, small rows": ("TP2+SP", 214, False),
