@@ -4,21 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from megatron_cppo.architecture import ModelShape
+from megatron_cppo.families.qwen2_5_vl import decoder as older
 
 
-def settings(_: ModelShape) -> dict[str, Any]:
+def settings(shape: ModelShape) -> dict[str, Any]:
     """What TransformerConfig must say of this family, beyond sizes."""
-    return {
-        "normalization": "RMSNorm",
-        "gated_linear_unit": True,
-        "activation_func": nn.functional.silu,
-        "add_bias_linear": False,
-        "add_qkv_bias": False,
-        "qk_layernorm": True,
-    }
+    return older.settings(shape) | {"add_qkv_bias": False, "qk_layernorm": True}
 
 
 def rope_axes(shape: ModelShape) -> list[int]:
