@@ -24,10 +24,11 @@ from tests.distributed.layouts import (
 )
 
 VARIANTS: dict[str, dict[str, Any]] = {
+    "untied, windows": {},
     "tied, windows": {"tied": True},
     "untied, full vision attention": {"full_attention": True},
 }
-PARITY_LAYOUTS = ("TP1", "TP2+SP", "PP2", "CP2")
+PARITY_LAYOUTS = ("TP1", "TP2", "TP2+SP", "DP2", "CP2", "PP2", "TP2xPP2", "TP2xPP2+SP", "PP2xDP2")
 PAIRS = [(layout, variant) for layout in PARITY_LAYOUTS for variant in VARIANTS]
 LIKELIHOOD = {"algorithm__objective": "supervised"}
 CPPO = {"algorithm__objective": "cppo", "algorithm__beta": 0.1}
