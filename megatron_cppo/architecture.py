@@ -31,16 +31,6 @@ class VisionShape:
     num_parameters: int
     deepstack_depths: tuple[int, ...] = ()
 
-    @property
-    def merged_size(self) -> int:
-        """Numbers of the merge_size x merge_size patches that make one token."""
-        return self.hidden_size * self.merge_size**2
-
-    @property
-    def patch_values(self) -> int:
-        """Numbers of one patch: channels x frames x height x width."""
-        return 3 * self.temporal_patch_size * self.patch_size**2
-
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:

@@ -118,6 +118,7 @@ def _stage(config: Config, rank: int, ranks: int) -> Stage:
         groups = process_groups.make(policy, seed=0)
         megatron = decoder_config(shape, policy, layers_per_chunk=layers_per_chunk(policy, shape.num_layers))
         row = _row(policy, shape)
+        patch_values = 3 * shape.vision.temporal_patch_size * shape.vision.patch_size**2
         with FakeTensorMode(allow_non_fake_inputs=True), _data_given():
             chunks = [
                 VisionLanguageModel(
@@ -125,7 +126,7 @@ def _stage(config: Config, rank: int, ranks: int) -> Stage:
                     config=megatron,
                     model=config.model,
                     padded_vocab_size=-(-shape.vocab_size // policy.tensor_parallel) * policy.tensor_parallel,
-                    pixels=lambda key: torch.empty(GRID.num_patches, shape.vision.patch_values),
+                    pixels=lambda key: torch.empty(GRID.num_patches, patch_values),
                     groups=groups,
                     device=device,
                     chunk=number if policy.virtual_pipeline > 1 else None,
