@@ -38,7 +38,7 @@ def layers_per_chunk(policy: PolicyConfig, num_layers: int) -> tuple[int, ...]:
 def problems(config: Config, shape: ModelShape | None, *, propose: bool = True) -> list[str]:
     """Everything that is wrong with the layout; without a shape, what can be said without one.
 
-    With `propose` the nearest sizes are searched for that have no problem at all.
+    With `propose` sizes are searched for that mend a problem and break nothing else.
     """
     policy = config.policy
     found = _rank_problems(config, shape if propose else None)

@@ -206,16 +206,16 @@ def _batch_problems(config: Config) -> list[str]:
             f"trainer.updates_per_step: {trainer.updates_per_step} does not divide prompts_per_step "
             f"{trainer.prompts_per_step}; use {nearest}"
         )
-    row = _packing(config, 1).row_multiple
+    packing = _packing(config, 1)
     views = 1 if config.policy.oversized_samples == "drop" else _views(config)
     needed = longest_sample(config, views=views)
-    if _packing(config, 1).max_tokens < needed:
-        padded = f", in rows of multiples of {row}" if row > 1 else ""
+    if packing.max_tokens < needed:
+        padded = f", in rows of multiples of {packing.row_multiple}" if packing.row_multiple > 1 else ""
         problems.append(
             f"policy.max_tokens_per_microbatch: {config.policy.max_tokens_per_microbatch} cannot hold the longest "
             f"sample, {views} views x (data.max_prompt_tokens {config.data.max_prompt_tokens} + "
             f"rollout.max_response_tokens {config.rollout.max_response_tokens} - 1){padded}; use at least "
-            f"{math.ceil(needed / row) * row}"
+            f"{packing.row_tokens(needed)}"
         )
     if config.optimizer.warmup_updates >= trainer.num_steps * max(trainer.updates_per_step, 1):
         problems.append(
