@@ -21,6 +21,7 @@ from megatron_cppo.config import (
     TrainerConfig,
 )
 from tests.published_models import CONFIGS, PUBLISHED
+from tests.unit.layout_case import changed
 
 VISION = {
     "depth": 2,
@@ -83,15 +84,6 @@ def good(tmp_path: Path) -> Config:
         policy=PolicyConfig(tensor_parallel=2, sequence_parallel=True, max_tokens_per_microbatch=384),
         trainer=TrainerConfig(num_gpus=4, prompts_per_step=12, updates_per_step=3, num_steps=7),
     )
-
-
-def changed(config: Config, **fields: object) -> Config:
-    """`fields` are named section__field."""
-    for name, value in fields.items():
-        section, field = name.split("__")
-        part = dataclasses.replace(getattr(config, section), **{field: value})
-        config = dataclasses.replace(config, **{section: part})
-    return config
 
 
 def problems(config: Config) -> list[str]:
