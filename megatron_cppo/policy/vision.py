@@ -23,6 +23,8 @@ from megatron_cppo.types import VIEWS, ImageGrid, ImageKey
 
 Pixels = Callable[[ImageKey], Tensor]
 """Processed patches [P, C] of an image, fp32."""
+Encode = Callable[[Sequence[ImageKey], Sequence[ImageGrid]], Sequence[Tensor]]
+"""Images and their grids -> features [F, 1 + K, H] of each."""
 CACHED_BYTES = 2 * 2**30
 
 
@@ -51,7 +53,17 @@ class Kept:
     features: dict[ImageKey, Tensor] = field(default_factory=dict)
     num_bytes: int = 0
 
-    def keep(self, key: ImageKey, features: Tensor) -> None:
+    def of(self, images: Sequence[ImageKey], grids: Sequence[ImageGrid], encode: Encode) -> list[Tensor]:
+        """The features of each image; `encode` is asked for those that are not kept, and they are kept."""
+        new = [(key, grid) for key, grid in zip(images, grids, strict=True) if key not in self.features]
+        keys = [key for key, _ in new]
+        fresh = dict(zip(keys, encode(keys, [grid for _, grid in new]), strict=True))
+        found = [fresh[key] if key in fresh else self.features[key] for key in images]
+        for key, features in fresh.items():
+            self._keep(key, features)
+        return found
+
+    def _keep(self, key: ImageKey, features: Tensor) -> None:
         if self.num_bytes + features.nbytes <= CACHED_BYTES:
             self.features[key] = features.clone()  # a part of a pass would keep the whole
             self.num_bytes += features.nbytes
@@ -91,9 +103,8 @@ class Encoder:
         if self.ranks.size() == 1:
             gathered = mine[None]
         else:
-            if self.kept is None:
-                # A rank without images must take part in the backward's sum too.
-                mine = mine if mine.requires_grad or not torch.is_grad_enabled() else mine.requires_grad_()
+            if self.kept is None and torch.is_grad_enabled() and not mine.requires_grad:
+                mine.requires_grad_()  # a rank without images must take part in the backward's sum too
             gathered = _GatherFeatures.apply(mine, most, self.ranks, self.sharers)
         pieces: dict[int, Tensor] = {}
         for rank, hand in enumerate(hands):
@@ -103,12 +114,7 @@ class Encoder:
 
     def _encode(self, images: Sequence[ImageKey], grids: Sequence[ImageGrid]) -> Tensor:
         """[F, 1 + K, H] of this rank's images."""
-        new = [i for i, key in enumerate(images) if self.kept is None or key not in self.kept.features]
-        found = dict(zip(new, self._run([images[i] for i in new], [grids[i] for i in new]), strict=True))
-        for i, features in found.items():
-            if self.kept is not None:
-                self.kept.keep(images[i], features)
-        parts = [found[i] if i in found else self.kept.features[key] for i, key in enumerate(images)]  # type: ignore[union-attr]
+        parts = list(self._run(images, grids) if self.kept is None else self.kept.of(images, grids, self._run))
         if parts:
             return torch.cat(parts)
         tower: Any = self.tower
