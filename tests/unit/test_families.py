@@ -328,3 +328,17 @@ def test_sections_of_the_published_models_are_tried() -> None:
     for config in CONFIGS.values():
         text = config.get("text_config", config)
         assert tuple(text["rope_scaling"]["mrope_section"]) in SECTIONS
+
+
+def test_time_has_the_most_pairs_where_sections_take_turns(tmp_path: Path) -> None:
+    scaling = {**CONFIGS["Qwen3-VL-8B-Instruct"]["text_config"]["rope_scaling"], "mrope_section": [16, 24, 24]}
+    with pytest.raises(ConfigError, match=r"mrope_section \[16, 24, 24\] gives height or width more pairs than time"):
+        shape_of(edited("Qwen3-VL-8B-Instruct", text_config__rope_scaling=scaling), tmp_path)
+
+
+def test_experts_are_trained_without_a_loss_of_their_own(tmp_path: Path) -> None:
+    """An auxiliary loss would be in no reward, and in the gradient norm."""
+    shape = shape_of(CONFIGS["Qwen3-VL-30B-A3B-Instruct"], tmp_path)
+    found = part(shape.family, "decoder").settings(shape)
+    assert (found["moe_router_load_balancing_type"], found["moe_aux_loss_coeff"]) == ("none", 0.0)
+    assert (found["num_moe_experts"], found["moe_router_topk"], found["moe_router_pre_softmax"]) == (128, 8, False)

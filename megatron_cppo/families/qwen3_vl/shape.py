@@ -61,4 +61,10 @@ def unknown_variants(top: dict[str, Any]) -> list[str]:
         problems.append("attention_bias is true, only false is supported; use another checkpoint")
     if not architecture.rope_values(text).get("mrope_interleaved", True):
         problems.append("mrope_interleaved is false, only true is supported; use another checkpoint")
+    time, *others = architecture.rope_values(text)["mrope_section"]
+    if any(section > time for section in others):
+        problems.append(
+            f"mrope_section {[time, *others]} gives height or width more pairs than time, which cannot take turns with "
+            "them; use another checkpoint"
+        )
     return problems
