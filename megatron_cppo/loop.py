@@ -177,6 +177,8 @@ def plan_batch(config: Config, plan: Plan, groups: Sequence[Group], *, score: bo
         num_updates=config.trainer.updates_per_step,
         packing=plan.packing,
         score=score,
+        constant_views=config.perception.stop_gradient_views,
+        count_masked=config.perception.aggregation == "global",
     )
 
 

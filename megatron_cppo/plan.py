@@ -143,7 +143,8 @@ def _packing(config: Config, data_parallel: int) -> Packing:
 
 
 def _views(config: Config) -> int:
-    return 3 if config.algorithm.objective == "cppo" else 1
+    """Segments of a gated sample that must share a row; perturbed views that are constants need not share any."""
+    return 3 if config.algorithm.objective == "cppo" and not config.perception.stop_gradient_views else 1
 
 
 def longest_sample(config: Config, *, views: int = 0) -> int:

@@ -119,6 +119,8 @@ class MicroBatch:
     state that predicts the token, under each view; -1 where the sample has no such segment.
     `sample_N` counts samples of this row; `sample_ids` gives their index in the step (-1: a filler of zero weight).
     F image tokens: the feature row `feature_rows_F` of the stacked `images` belongs at position `feature_slots_F`.
+    `constants` are (sample, perturbed view) pairs without a segment here: an earlier pass without gradient has left the
+    hidden states of their response tokens, which positions from T on name, pair after pair.
     """
 
     token_ids_T: Tensor
@@ -136,20 +138,28 @@ class MicroBatch:
     rows_original_N: Tensor
     rows_preserving_N: Tensor
     rows_removing_N: Tensor
+    constants: tuple[tuple[int, View], ...] = ()
+
+
+RowsOfRanks = tuple[tuple[MicroBatch, ...], ...]
+"""Every data-parallel rank's rows of one pass; all ranks have the same number."""
 
 
 @dataclass(frozen=True, slots=True)
 class MiniBatch:
     """What one optimizer update sees: every data-parallel rank's microbatches, and the counts of the whole.
 
-    `microbatches[d]` are rank d's; all ranks have the same number. Losses are sums of terms divided by these counts,
-    so no number depends on the cut.
+    Losses are sums of terms divided by these counts, so no number depends on the cut. Two passes without gradient may
+    come before: `constant_views` are the perturbed segments alone, where they are constants (`stop_gradient_views`);
+    `counting` what the "global" aggregation counts masked tokens in. A sample is on one rank in all passes.
     """
 
-    microbatches: tuple[tuple[MicroBatch, ...], ...]
+    microbatches: RowsOfRanks
     num_tokens: int
     num_samples: int
     num_gated_samples: int
+    constant_views: RowsOfRanks = ()
+    counting: RowsOfRanks = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,12 +28,12 @@ from megatron_cppo.types import Sample, View
 class Head(Protocol):
     """Token statistics at rows of one packed row's hidden states."""
 
-    def statistics(self, rows_N: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probs of the targets and entropies, fp32, differentiable."""
+    def statistics(self, rows_N: Tensor, targets_N: Tensor, *, num_constant: int = 0) -> tuple[Tensor, Tensor]:
+        """Log-probs of the targets and entropies, fp32, differentiable but for the last `num_constant`."""
         ...
 
-    def divergence(self, rows_N: Tensor, other_rows_N: Tensor, *, stop_gradient_other: bool) -> Tensor:
-        """Exact KL between the distributions at two sets of rows."""
+    def divergences(self, rows_N: Tensor, others: Sequence[Tensor], *, constant_others: bool) -> Tensor:
+        """Exact KL [K, N] between the distributions at one set of rows and at each of K others."""
         ...
 
 
@@ -92,10 +92,11 @@ LossFunction = Callable[[Tokens, Head, Counts, AlgorithmConfig, PerceptionConfig
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """A loss and the views that it needs."""
+    """A loss and the views that it needs; `count_masked` where it has a perception mask."""
 
     loss: LossFunction
     views_for: Callable[[Sample], Sequence[View]]
+    count_masked: Callable[[Tokens, Head, PerceptionConfig], int] | None = None
 
 
 def supervised(
@@ -125,25 +126,11 @@ def cppo(
     """GRPO's terms, plus lambda * CPL on the perception tokens of gated samples.
 
     The head is asked twice: for original and removing rows (their entropies make the mask), then for the preserving
-    rows of masked tokens (and the exact divergences). Every TP rank asks the same.
+    rows of masked tokens, or their exact divergences. Every TP rank asks the same.
     """
-    gated_G = torch.nonzero(tokens.rows_removing_N >= 0).squeeze(1)
-    num_tokens = tokens.targets_N.numel()
-    logp, entropy = head.statistics(
-        torch.cat([tokens.rows_original_N, tokens.rows_removing_N[gated_G]]),
-        torch.cat([tokens.targets_N, tokens.targets_N[gated_G]]),
-    )
-    logp_N, logp_removing_G = logp.split([num_tokens, gated_G.numel()])
-    entropy_N, entropy_removing_G = entropy.split([num_tokens, gated_G.numel()])
+    gated_G, (logp_N, logp_removing_G), (entropy_N, entropy_removing_G) = _both_views(tokens, head, perception)
     outcome = _policy_terms(tokens, counts, algorithm, logp_N, entropy_N)
-    mask_G = perception_mask(
-        entropy_N.detach()[gated_G],
-        entropy_removing_G.detach(),
-        tokens.sample_N[gated_G],
-        top_fraction=perception.top_fraction,
-        min_entropy_shift=perception.min_entropy_shift,
-        rank_by=perception.rank_by,
-    )
+    mask_G = _mask(entropy_N[gated_G], entropy_removing_G, tokens.sample_N[gated_G], perception)
     absent_N = torch.full_like(entropy_N, torch.nan).detach()
     outcome.entropy_removing_N = absent_N.index_copy(0, gated_G, entropy_removing_G.detach())
     outcome.mask_N = torch.zeros_like(tokens.targets_N, dtype=torch.bool).index_copy(0, gated_G, mask_G)
@@ -153,6 +140,37 @@ def cppo(
         cpl = _contrastive_term(tokens, head, counts, perception, outcome, masked_M, logp_N, logp_removing_G[mask_G])
         outcome.loss = outcome.loss + perception.coefficient * cpl
     return outcome
+
+
+def count_masked(tokens: Tokens, head: Head, perception: PerceptionConfig) -> int:
+    """How many tokens of a row the perception mask picks; needs no gradient and no preserving view."""
+    gated_G, _, (entropy_N, entropy_removing_G) = _both_views(tokens, head, perception)
+    return int(_mask(entropy_N[gated_G], entropy_removing_G, tokens.sample_N[gated_G], perception).sum())
+
+
+def _both_views(
+    tokens: Tokens, head: Head, perception: PerceptionConfig
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The tokens of gated samples [G], and log-probs and entropies of the original [N] and removing view [G]."""
+    gated_G = torch.nonzero(tokens.rows_removing_N >= 0).squeeze(1)
+    sizes = [tokens.targets_N.numel(), gated_G.numel()]
+    logp, entropy = head.statistics(
+        torch.cat([tokens.rows_original_N, tokens.rows_removing_N[gated_G]]),
+        torch.cat([tokens.targets_N, tokens.targets_N[gated_G]]),
+        num_constant=gated_G.numel() if perception.stop_gradient_views else 0,
+    )
+    return gated_G, logp.split(sizes), entropy.split(sizes)
+
+
+def _mask(entropy_G: Tensor, entropy_removing_G: Tensor, sample_id_G: Tensor, perception: PerceptionConfig) -> Tensor:
+    return perception_mask(
+        entropy_G.detach(),
+        entropy_removing_G.detach(),
+        sample_id_G,
+        top_fraction=perception.top_fraction,
+        min_entropy_shift=perception.min_entropy_shift,
+        rank_by=perception.rank_by,
+    )
 
 
 def _contrastive_term(
@@ -165,16 +183,17 @@ def _contrastive_term(
     logp_N: Tensor,
     logp_removing_M: Tensor,
 ) -> Tensor:
-    original_M, preserving_M = tokens.rows_original_N[masked_M], tokens.rows_preserving_N[masked_M]
+    preserving_M = tokens.rows_preserving_N[masked_M]
     logp_original_M = logp_N[masked_M]
+    constant = perception.stop_gradient_views
     if perception.divergence == "exact":
-        stop = perception.stop_gradient_views
-        d_preserving_M = head.divergence(original_M, preserving_M, stop_gradient_other=stop)
-        d_removing_M = head.divergence(original_M, tokens.rows_removing_N[masked_M], stop_gradient_other=stop)
+        views = (preserving_M, tokens.rows_removing_N[masked_M])
+        d_preserving_M, d_removing_M = head.divergences(
+            tokens.rows_original_N[masked_M], views, constant_others=constant
+        ).unbind(0)
     else:
-        logp_preserving_M, _ = head.statistics(preserving_M, tokens.targets_N[masked_M])
-        if perception.stop_gradient_views:
-            logp_preserving_M, logp_removing_M = logp_preserving_M.detach(), logp_removing_M.detach()
+        num_constant = masked_M.numel() if constant else 0
+        logp_preserving_M, _ = head.statistics(preserving_M, tokens.targets_N[masked_M], num_constant=num_constant)
         d_preserving_M = contrastive.divergence(logp_original_M, logp_preserving_M, perception.divergence)
         d_removing_M = contrastive.divergence(logp_original_M, logp_removing_M, perception.divergence)
         shares = [
@@ -257,7 +276,7 @@ def _gated(sample: Sample) -> tuple[View, ...]:
 
 
 OBJECTIVES = {
-    "cppo": Objective(cppo, _gated),
+    "cppo": Objective(cppo, _gated, count_masked),
     "grpo": Objective(grpo, _original),
     "supervised": Objective(supervised, _original),
 }

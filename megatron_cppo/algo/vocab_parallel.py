@@ -3,65 +3,76 @@
 Owns the public functions and the only communication of the loss: one all-gather of a few floats per row in the forward,
 nothing in the backward. The vocabulary is never gathered. It must not know whose rows these are, or what loss follows.
 
-`token_statistics` and `kl_divergence` take logits and are the readable reference; `linear_statistics` and
-`linear_divergence` compute the same numbers from hidden rows and the head's weight, without ever holding all logits.
+Functions of logits: `token_statistics` and `kl_divergence`, and `view_statistics`, which gives both of several views of
+the same tokens in one pass over their logits. Functions of hidden rows and the head's weight, which compute the same
+numbers without ever holding all logits: `linear_statistics`, `linear_divergence` and `linear_view_statistics`.
 
-Conventions of all four:
+Conventions of all six:
 - `group` is the process group that the vocabulary is split over, in rank order and in shards of equal width; None means
   one rank. Every rank of it must call, also with N = 0, with the same rows.
 - Columns from `vocab_size` on are padding, and `banned_ids` may not be sampled: both count as −∞ whatever they hold,
   NaN included, and get a gradient of exactly 0. The log-probability of such a target is −∞.
-- Logits are divided by `temperature`. Statistics are float32 (float64 for float64 arguments) and the same to the last
-  bit on every rank: all merge the same numbers in rank order.
+- Logits are divided by `temperature`, after their maximum is subtracted. Statistics are float32 (float64 for float64
+  arguments) and the same to the last bit on every rank: all merge the same numbers in rank order.
 - Gradients assume that every rank of the group computes the same loss from them (Megatron's convention).
+- `backend` says what computes: "torch", anywhere; "triton", on CUDA (on a CPU in Triton's interpreter); and for hidden
+  rows "fused", which tiles the vocabulary where the other two cut the rows. Raises ValueError for another, ImportError
+  where Triton is needed and absent.
 
-Shapes: N rows (tokens), V columns of this rank's shard, H hidden size, R ranks, K statistics per row.
+Shapes: N rows (tokens), W views of each, K = W − 1 of them perturbed, V columns of this rank's shard, H hidden size,
+R ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_cppo.algo import linear_torch
-from megatron_cppo.algo.shard_statistics import (
-    Shard,
-    divergence_gradients,
-    divergence_sums,
-    merge_divergence_sums,
-    merge_token_sums,
-    statistics_dtype,
-    token_gradient,
-    token_sums,
-)
+from megatron_cppo.algo import linear_rows, linear_tiles
+from megatron_cppo.algo.kernels import Kernels, torch_kernels, triton_kernels
+from megatron_cppo.algo.shard_statistics import Coefficients, Shard, coefficients, finish, merge, statistics_dtype
 
-# One chunk's logits; the statistics and their gradients need about as much again.
+Choice = TypeVar("Choice")
+# Of logits that exist at once; the kernels need little beside them.
 CHUNK_BYTES = 512 * 2**20
+
+
+class ViewStatistics(NamedTuple):
+    """Of W views of N tokens, in nats, all differentiable: the log-prob of the target under every view, the entropy of
+    the first (the original), and KL(original‖view) of the K others."""
+
+    logp_WN: Tensor
+    entropy_N: Tensor
+    kl_KN: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class LinearBackend:
-    """How one rank gets from hidden rows to its shard's sums, and back to gradients; see `linear_torch`."""
+    """How one rank gets from hidden rows to its shard's sums and back to gradients; see `linear_rows`."""
 
-    token_sums: Callable[..., Tensor]
-    token_gradients: Callable[..., tuple[Tensor, Tensor | None]]
-    divergence_sums: Callable[..., Tensor]
-    divergence_gradients: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
+    sums: Callable[..., Tensor]
+    gradients: Callable[..., None]
+    kernels: Callable[[torch.device], Kernels]
 
 
+def _best_kernels(device: torch.device) -> Kernels:
+    return triton_kernels() if device.type == "cuda" else torch_kernels()
+
+
+KERNELS: dict[str, Callable[[torch.device], Kernels]] = {
+    "torch": lambda _: torch_kernels(),
+    "triton": lambda _: triton_kernels(),
+}
 BACKENDS: dict[str, LinearBackend] = {
-    "torch": LinearBackend(
-        linear_torch.token_sums,
-        linear_torch.token_gradients,
-        linear_torch.divergence_sums,
-        linear_torch.divergence_gradients,
-    ),
+    "torch": LinearBackend(linear_rows.sums, linear_rows.gradients, KERNELS["torch"]),
+    "triton": LinearBackend(linear_rows.sums, linear_rows.gradients, KERNELS["triton"]),
+    "fused": LinearBackend(linear_tiles.sums, linear_tiles.gradients, _best_kernels),
 }
 
 
@@ -73,14 +84,18 @@ def token_statistics(
     vocab_size: int,
     temperature: float = 1.0,
     banned_ids: Sequence[int] = (),
+    backend: str = "torch",
+    overwrite_logits: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and Shannon entropy of each row, both [N], in nats, both differentiable.
 
-    `logits_NV` is this rank's shard, `targets_N` holds vocabulary ids. Raises ValueError for an impossible `vocab_size`
-    or `temperature`.
+    `logits_NV` is this rank's shard, `targets_N` holds vocabulary ids. `overwrite_logits` as in `view_statistics`.
+    Raises ValueError for an impossible `vocab_size` or `temperature`.
     """
     shard = _shard(logits_NV.shape[1], group, vocab_size, temperature, banned_ids)
-    return _TokenStatistics.apply(logits_NV, targets_N, shard, group)
+    kernels = _chosen(KERNELS, backend)(logits_NV.device)
+    logp_1N, entropy_N, _ = _LogitStatistics.apply(targets_N, shard, group, kernels, overwrite_logits, logits_NV)
+    return logp_1N[0], entropy_N
 
 
 def kl_divergence(
@@ -91,15 +106,51 @@ def kl_divergence(
     vocab_size: int,
     temperature: float = 1.0,
     banned_ids: Sequence[int] = (),
+    backend: str = "torch",
 ) -> Tensor:
     """Exact KL(p‖q) of each row over the whole vocabulary, [N], in nats, differentiable in both arguments.
 
     Rounding can leave a KL of about 0 slightly negative. Raises ValueError for an impossible `vocab_size` or
     `temperature`.
     """
-    assert logits_p_NV.shape == logits_q_NV.shape, f"{logits_p_NV.shape} against {logits_q_NV.shape}"
-    shard = _shard(logits_p_NV.shape[1], group, vocab_size, temperature, banned_ids)
-    return _Divergence.apply(logits_p_NV, logits_q_NV, shard, group)
+    no_targets_N = torch.full(logits_p_NV.shape[:1], -1, device=logits_p_NV.device)
+    return view_statistics(
+        (logits_p_NV, logits_q_NV),
+        no_targets_N,
+        group=group,
+        vocab_size=vocab_size,
+        temperature=temperature,
+        banned_ids=banned_ids,
+        backend=backend,
+    ).kl_KN[0]
+
+
+def view_statistics(
+    views: Sequence[Tensor],
+    targets_N: Tensor,
+    *,
+    group: dist.ProcessGroup | None,
+    vocab_size: int,
+    temperature: float = 1.0,
+    banned_ids: Sequence[int] = (),
+    backend: str = "torch",
+    overwrite_logits: bool = False,
+) -> ViewStatistics:
+    """All statistics of W logits [N, V] of the same tokens, the original's first, in one pass over them.
+
+    `overwrite_logits` lets backward write the gradients over the logits, so that no memory beside theirs is needed:
+    allowed where nothing reads them after the first backward, which is then also the last (RuntimeError). Raises
+    ValueError for views of different shapes, for overwriting logits that share memory, and as `token_statistics` does.
+    """
+    shapes = {view.shape for view in views}
+    if len(shapes) != 1:
+        raise ValueError(f"views of the same tokens have one shape, got {sorted(map(tuple, shapes))}")
+    places = [view.data_ptr() for view in views if view.numel()]
+    if overwrite_logits and len(set(places)) < len(places):
+        raise ValueError("overwrite_logits needs views that share no memory, got the same tensor twice; clone one")
+    shard = _shard(views[0].shape[1], group, vocab_size, temperature, banned_ids)
+    kernels = _chosen(KERNELS, backend)(views[0].device)
+    return ViewStatistics(*_LogitStatistics.apply(targets_N, shard, group, kernels, overwrite_logits, *views))
 
 
 def linear_statistics(
@@ -113,16 +164,21 @@ def linear_statistics(
     banned_ids: Sequence[int] = (),
     backend: str = "torch",
     chunk_bytes: int = CHUNK_BYTES,
+    num_constant: int = 0,
+    weight_total_VH: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`token_statistics` of the logits `hidden_NH @ weight_VHᵀ`, which exist for `chunk_bytes` of rows at a time.
+    """`token_statistics` of the logits `hidden_NH @ weight_VHᵀ`, of which `chunk_bytes` exist at a time.
 
     The hidden rows' gradient is this rank's part of it, the sum over its own vocabulary shard: the caller adds the
     parts up over `group`, as the backward of Megatron's copy and gather regions does. The weight's gradient is
-    complete. The weight's banned rows must be finite; its padding may hold anything. Raises ValueError as
-    `token_statistics` does, and for an unknown `backend`.
+    complete; with `weight_total_VH` (float32, Megatron's `main_grad`) it is added to that, and autograd gets none. The
+    last `num_constant` rows are constants: no gradient flows through them, and they cost nothing backward. The weight's
+    banned rows must be finite; its padding may hold anything. Raises ValueError as `token_statistics` does.
     """
     shard = _shard(weight_VH.shape[0], group, vocab_size, temperature, banned_ids)
-    return _LinearStatistics.apply(hidden_NH, weight_VH, targets_N, shard, group, _backend(backend), chunk_bytes)
+    how = _Linear(shard, group, _chosen(BACKENDS, backend), chunk_bytes, num_constant, False, weight_total_VH)
+    logp_1N, entropy_N, _ = _LinearStatistics.apply(weight_VH, targets_N, how, hidden_NH)
+    return logp_1N[0], entropy_N
 
 
 def linear_divergence(
@@ -130,23 +186,44 @@ def linear_divergence(
     hidden_q_NH: Tensor,
     weight_VH: Tensor,
     *,
+    stop_gradient_q: bool = False,
+    **options: Any,
+) -> Tensor:
+    """`kl_divergence` of the logits of two hidden rows under one head, differentiable in both rows and the weight.
+
+    `stop_gradient_q` makes q a constant: neither `hidden_q_NH` nor, through q, the weight gets a gradient. Options,
+    gradients and errors are those of `linear_view_statistics`.
+    """
+    no_targets_N = torch.full(hidden_p_NH.shape[:1], -1, device=hidden_p_NH.device)
+    views = (hidden_p_NH, hidden_q_NH)
+    given = linear_view_statistics(views, weight_VH, no_targets_N, stop_gradient_views=stop_gradient_q, **options)
+    return given.kl_KN[0]
+
+
+def linear_view_statistics(
+    hiddens: Sequence[Tensor],
+    weight_VH: Tensor,
+    targets_N: Tensor,
+    *,
     group: dist.ProcessGroup | None,
     vocab_size: int,
     temperature: float = 1.0,
     banned_ids: Sequence[int] = (),
     backend: str = "torch",
     chunk_bytes: int = CHUNK_BYTES,
-    stop_gradient_q: bool = False,
-) -> Tensor:
-    """`kl_divergence` of the logits of two hidden rows under one head, differentiable in both rows and the weight.
+    stop_gradient_views: bool = False,
+    weight_total_VH: Tensor | None = None,
+) -> ViewStatistics:
+    """`view_statistics` of the logits of W hidden rows [N, H] of the same tokens, the original's first.
 
-    Gradients are as in `linear_statistics`. `stop_gradient_q` makes q a constant: neither `hidden_q_NH` nor, through q,
-    the weight gets a gradient. Raises ValueError as `linear_statistics` does.
+    `stop_gradient_views` makes the K others constants. Gradients and errors are those of `linear_statistics`.
     """
-    assert hidden_p_NH.shape == hidden_q_NH.shape, f"{hidden_p_NH.shape} against {hidden_q_NH.shape}"
+    shapes = {hidden.shape for hidden in hiddens}
+    if len(shapes) != 1:
+        raise ValueError(f"views of the same tokens have one shape, got {sorted(map(tuple, shapes))}")
     shard = _shard(weight_VH.shape[0], group, vocab_size, temperature, banned_ids)
-    options = (shard, group, _backend(backend), chunk_bytes, stop_gradient_q)
-    return _LinearDivergence.apply(hidden_p_NH, hidden_q_NH, weight_VH, *options)
+    how = _Linear(shard, group, _chosen(BACKENDS, backend), chunk_bytes, 0, stop_gradient_views, weight_total_VH)
+    return ViewStatistics(*_LinearStatistics.apply(weight_VH, targets_N, how, *hiddens))
 
 
 def _shard(
@@ -163,147 +240,130 @@ def _shard(
     )
 
 
-def _backend(name: str) -> LinearBackend:
-    if name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
-    return BACKENDS[name]
+def _chosen(choices: dict[str, Choice], name: str) -> Choice:
+    if name not in choices:
+        raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(choices)}")
+    return choices[name]
 
 
-def _gather(sums_KN: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Every rank's sums, [R, K, N]: the one collective."""
-    if group is None or group.size() == 1:
-        return sums_KN[None]
-    gathered_RKN = sums_KN.new_empty(group.size(), *sums_KN.shape)
-    dist.all_gather(list(gathered_RKN), sums_KN.contiguous(), group=group)
-    return gathered_RKN
+def _over_ranks(sums_W4N: Tensor, group: dist.ProcessGroup | None, inverse_temperature: float) -> Tensor:
+    """Every rank's sums, merged and turned into statistics [W, 4, N]: the one collective."""
+    if group is not None and group.size() > 1:
+        sums_RW4N = sums_W4N.new_empty(group.size(), *sums_W4N.shape)
+        dist.all_gather(list(sums_RW4N), sums_W4N.contiguous(), group=group)
+        sums_W4N = merge(sums_RW4N, inverse_temperature)
+    return finish(sums_W4N, inverse_temperature)
 
 
-def _copy_valid(logits_NV: Tensor, shard: Shard) -> Tensor:
-    return logits_NV[:, : shard.num_valid].to(statistics_dtype(logits_NV), copy=True)
+def _outputs(statistics_W4N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return statistics_W4N[:, 2].clone(), statistics_W4N[0, 3].clone(), statistics_W4N[1:, 3].clone()
 
 
-def _pad(gradient_Nv: Tensor, logits_NV: Tensor) -> Tensor:
-    padded_NV = torch.zeros_like(logits_NV)
-    padded_NV[:, : gradient_Nv.shape[1]] = gradient_Nv
-    return padded_NV
+def _coefficients(statistics_W4N: Tensor, grads: tuple[Any, ...], shard: Shard) -> Coefficients:
+    """From the gradients of `_outputs`; None for those that the loss does not use."""
+    logp_grad_WN, entropy_grad_N, kl_grad_KN = grads
+    if logp_grad_WN is None:
+        logp_grad_WN = torch.zeros_like(statistics_W4N[:, 2])
+    if len(statistics_W4N) == 1:
+        kl_grad_KN = None
+    return coefficients(statistics_W4N, logp_grad_WN, entropy_grad_N, kl_grad_KN, shard.inverse_temperature)
 
 
-class _TokenStatistics(torch.autograd.Function):
+class _LogitStatistics(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits_NV: Tensor, targets_N: Tensor, shard: Shard, group: dist.ProcessGroup | None
-    ) -> tuple[Tensor, Tensor]:
-        sums_4N = token_sums(_copy_valid(logits_NV, shard), targets_N, shard)
-        merged_4N = merge_token_sums(_gather(sums_4N, group), shard.inverse_temperature)
-        ctx.save_for_backward(logits_NV, targets_N, merged_4N)
-        ctx.shard = shard
+        ctx: Any,
+        targets_N: Tensor,
+        shard: Shard,
+        group: dist.ProcessGroup | None,
+        kernels: Kernels,
+        overwrite: bool,
+        *views: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        statistics_W4N = _over_ranks(kernels.view_sums(views, targets_N, shard), group, shard.inverse_temperature)
+        ctx.save_for_backward(targets_N, statistics_W4N, *views)
+        ctx.shard, ctx.kernels, ctx.overwrite, ctx.overwritten = shard, kernels, overwrite, False
         ctx.set_materialize_grads(False)
-        return merged_4N[2].clone(), merged_4N[3].clone()
+        return _outputs(statistics_W4N)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]
-        logits_NV, targets_N, merged_4N = ctx.saved_tensors
-        logp_grad_N, entropy_grad_N = _token_grads(grad_outputs, merged_4N)
-        logits_Nv = _copy_valid(logits_NV, ctx.shard)
-        gradient_Nv = token_gradient(logits_Nv, targets_N, merged_4N, logp_grad_N, entropy_grad_N, ctx.shard)
-        return _pad(gradient_Nv, logits_NV), None, None, None
+        if ctx.overwritten:
+            raise RuntimeError(
+                "a second backward through these statistics: the first has written the gradient over the logits; "
+                "pass overwrite_logits=False to keep them"
+            )
+        targets_N, statistics_W4N, *views = ctx.saved_tensors
+        ctx.overwritten = ctx.overwrite
+        given = _coefficients(statistics_W4N, grad_outputs, ctx.shard)
+        out = [
+            None if not needed else view.detach() if ctx.overwrite else torch.empty_like(view)
+            for view, needed in zip(views, ctx.needs_input_grad[5:], strict=True)
+        ]
+        ctx.kernels.view_gradients([view.detach() for view in views], targets_N, given, ctx.shard, out)
+        return *[None] * 5, *out
 
 
-class _Divergence(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, logits_p_NV: Tensor, logits_q_NV: Tensor, shard: Shard, group: dist.ProcessGroup | None
-    ) -> Tensor:
-        sums_5N = divergence_sums(_copy_valid(logits_p_NV, shard), _copy_valid(logits_q_NV, shard), shard)
-        merged_5N = merge_divergence_sums(_gather(sums_5N, group), shard.inverse_temperature)
-        ctx.save_for_backward(logits_p_NV, logits_q_NV, merged_5N)
-        ctx.shard = shard
-        return merged_5N[4].clone()
+@dataclass(frozen=True, slots=True)
+class _Linear:
+    """How the linear functions compute."""
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]
-        logits_p_NV, logits_q_NV, merged_5N = ctx.saved_tensors
-        logits_p_Nv, logits_q_Nv = _copy_valid(logits_p_NV, ctx.shard), _copy_valid(logits_q_NV, ctx.shard)
-        p_Nv, q_Nv = divergence_gradients(logits_p_Nv, logits_q_Nv, merged_5N, grad_outputs[0], ctx.shard)
-        return _pad(p_Nv, logits_p_NV), _pad(q_Nv, logits_q_NV), None, None
+    shard: Shard
+    group: dist.ProcessGroup | None
+    backend: LinearBackend
+    chunk_bytes: int
+    num_constant: int
+    stop_gradient_views: bool
+    weight_total_VH: Tensor | None
 
 
 class _LinearStatistics(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden_NH: Tensor,
-        weight_VH: Tensor,
-        targets_N: Tensor,
-        shard: Shard,
-        group: dist.ProcessGroup | None,
-        backend: LinearBackend,
-        chunk_bytes: int,
-    ) -> tuple[Tensor, Tensor]:
-        sums_4N = backend.token_sums(hidden_NH, weight_VH, targets_N, shard, chunk_bytes)
-        merged_4N = merge_token_sums(_gather(sums_4N, group), shard.inverse_temperature)
-        ctx.save_for_backward(hidden_NH, weight_VH, targets_N, merged_4N)
-        ctx.shard, ctx.backend, ctx.chunk_bytes = shard, backend, chunk_bytes
+        ctx: Any, weight_VH: Tensor, targets_N: Tensor, how: _Linear, *hiddens: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        kernels = how.backend.kernels(weight_VH.device)
+        sums_W4N = how.backend.sums(hiddens, weight_VH, targets_N, how.shard, kernels, how.chunk_bytes)
+        statistics_W4N = _over_ranks(sums_W4N, how.group, how.shard.inverse_temperature)
+        ctx.save_for_backward(weight_VH, targets_N, statistics_W4N, *hiddens)
+        ctx.how, ctx.kernels = how, kernels
         ctx.set_materialize_grads(False)
-        return merged_4N[2].clone(), merged_4N[3].clone()
+        return _outputs(statistics_W4N)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]
-        hidden_NH, weight_VH, targets_N, merged_4N = ctx.saved_tensors
-        grads = ctx.backend.token_gradients(
-            hidden_NH,
+        weight_VH, targets_N, statistics_W4N, *hiddens = ctx.saved_tensors
+        how: _Linear = ctx.how
+        needs_weight = ctx.needs_input_grad[0]
+        rows = slice(0, targets_N.numel() - how.num_constant)
+        dtype = statistics_dtype(weight_VH)
+        constant = [number > 0 and how.stop_gradient_views for number in range(len(hiddens))]
+        # A row that needs no gradient of its own is still what the weight needs one through.
+        totals = [
+            torch.zeros_like(hidden_NH, dtype=dtype) if (needed or needs_weight) and not still else None
+            for hidden_NH, needed, still in zip(hiddens, ctx.needs_input_grad[3:], constant, strict=True)
+        ]
+        weight_total_VH = how.weight_total_VH if needs_weight else None
+        if needs_weight and weight_total_VH is None:
+            weight_total_VH = torch.zeros_like(weight_VH, dtype=dtype)
+        how.backend.gradients(
+            [hidden_NH[rows] for hidden_NH in hiddens],
             weight_VH,
-            targets_N,
-            merged_4N,
-            *_token_grads(grad_outputs, merged_4N),
-            ctx.shard,
-            ctx.chunk_bytes,
-            needs_weight=ctx.needs_input_grad[1],
+            targets_N[rows],
+            _coefficients(statistics_W4N, grad_outputs, how.shard).rows(rows),
+            how.shard,
+            ctx.kernels,
+            how.chunk_bytes,
+            [None if total_NH is None else total_NH[rows] for total_NH in totals],
+            weight_total_VH,
         )
-        return *grads, *[None] * 5
-
-
-class _LinearDivergence(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_p_NH: Tensor,
-        hidden_q_NH: Tensor,
-        weight_VH: Tensor,
-        shard: Shard,
-        group: dist.ProcessGroup | None,
-        backend: LinearBackend,
-        chunk_bytes: int,
-        stop_gradient_q: bool,
-    ) -> Tensor:
-        sums_5N = backend.divergence_sums(hidden_p_NH, hidden_q_NH, weight_VH, shard, chunk_bytes)
-        merged_5N = merge_divergence_sums(_gather(sums_5N, group), shard.inverse_temperature)
-        ctx.save_for_backward(hidden_p_NH, hidden_q_NH, weight_VH, merged_5N)
-        ctx.shard, ctx.backend, ctx.chunk_bytes, ctx.stop_gradient_q = shard, backend, chunk_bytes, stop_gradient_q
-        return merged_5N[4].clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]
-        hidden_p_NH, hidden_q_NH, weight_VH, merged_5N = ctx.saved_tensors
-        grads = ctx.backend.divergence_gradients(
-            hidden_p_NH,
-            hidden_q_NH,
-            weight_VH,
-            merged_5N,
-            grad_outputs[0],
-            ctx.shard,
-            ctx.chunk_bytes,
-            needs_weight=ctx.needs_input_grad[2],
-            stop_gradient_q=ctx.stop_gradient_q,
-        )
-        return *grads, *[None] * 5
-
-
-def _token_grads(grad_outputs: tuple[Any, ...], merged_4N: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The gradients in the log-probs and in the entropies; None for entropies that the loss does not use."""
-    logp_grad_N, entropy_grad_N = grad_outputs
-    return torch.zeros_like(merged_4N[2]) if logp_grad_N is None else logp_grad_N, entropy_grad_N
+        weight_grad_VH = None
+        if weight_total_VH is not None and how.weight_total_VH is None:
+            weight_grad_VH = weight_total_VH.to(weight_VH.dtype)
+        grads = [
+            total_NH.to(hidden_NH.dtype) if total_NH is not None and needed else None
+            for total_NH, hidden_NH, needed in zip(totals, hiddens, ctx.needs_input_grad[3:], strict=True)
+        ]
+        return weight_grad_VH, None, None, *grads

@@ -91,6 +91,7 @@ class Policy:
         return _averages(every) | {
             "optim/skipped_updates": float(len(self.skipped)),
             "tokens/vision": float(_vision_tokens(batch, once=self.trained.chunks[0].kept is not None)),
+            "tokens/vision_unshared": float(sum(row.feature_rows_F.numel() for row in _rows(batch))),
             "tokens/segments": float(_row_tokens(batch)),
             **({"data/oversized_samples": float(len(batch.oversized))} if batch.oversized else {}),
         }
@@ -139,7 +140,9 @@ def _averages(updates: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def _rows(batch: Batch) -> Iterator[MicroBatch]:
-    return (row for mini in batch.updates for rows in mini.microbatches for row in rows)
+    """Of all passes of the updates, on all data-parallel ranks."""
+    passes = (rows for mini in batch.updates for rows in (*mini.constant_views, *mini.counting, *mini.microbatches))
+    return (row for rows in passes for row in rows)
 
 
 def _vision_tokens(batch: Batch, *, once: bool) -> int:

@@ -9,6 +9,7 @@ sequence parallelism), N rows asked for, n those of them that this context rank 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,19 @@ class Split:
         if sequence_parallel:
             mine_L = context_C.reshape(groups.tensor.size(), -1)[groups.tensor.rank()]
         return Split(*(torch.from_numpy(array) for array in (context_C, mine_L, rank_T, place_T)))
+
+    def followed_by(self, ranks: Sequence[Tensor], group: dist.ProcessGroup) -> Split:
+        """This split with more tokens after the row's: `ranks` say which context rank holds each of them; every rank's
+        lie behind its own tokens, in their order."""
+        if not ranks:
+            return self
+        rank_M = torch.cat(list(ranks))
+        place_M = torch.empty_like(rank_M)
+        for rank in range(group.size()):
+            mine_M = rank_M == rank
+            place_M[mine_M] = len(self.context_C) + torch.arange(int(mine_M.sum()))
+        rank_T, place_T = torch.cat([self.rank_T, rank_M]), torch.cat([self.place_T, place_M])
+        return Split(self.context_C, self.mine_L, rank_T, place_T)
 
     def local(self, slots_F: Tensor) -> tuple[Tensor, Tensor]:
         """Those of the places `slots_F` that this rank holds between layers: (indices into slots_F, local places)."""

@@ -11,7 +11,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from megatron_cppo.algo.objective import Counts, Objective, Outcome, Tokens
 from megatron_cppo.config import AlgorithmConfig, PerceptionConfig
 from megatron_cppo.policy.build import Trained
 from megatron_cppo.policy.groups import Groups
-from megatron_cppo.policy.head import Head, HeadSettings
+from megatron_cppo.policy.head import NOTHING, Head, HeadSettings, Memory
 from megatron_cppo.types import Batch, MicroBatch, MiniBatch, SampleStatistics
 
 RowFunction = Callable[[MicroBatch, Head], tuple[Tensor, Any]]
@@ -79,11 +78,13 @@ def run_rows(
     *,
     head: HeadSettings,
     forward_only: bool,
+    memory: Memory = NOTHING,
     advance: Callable[[int], None] = ignore,
 ) -> list[Any]:
     """Run `rows` through the schedule; returns what `function` kept of each on the last stage, else nothing.
 
-    `advance(n)` hears of n more rows that this stage has sent on.
+    `memory` holds what the rows' `constants` name, on the last stage. `advance(n)` hears of n more rows that this stage
+    has sent on.
     """
 
     last = trained.chunks[-1]
@@ -92,7 +93,7 @@ def run_rows(
         row = next(iterator)
 
         def loss(hidden_L1H: Tensor) -> tuple[Tensor, Tensor, Any]:
-            value, kept = function(row, Head(last, row, hidden_L1H, head))
+            value, kept = function(row, Head(last, row, hidden_L1H, head, memory))
             return value, torch.zeros((), dtype=torch.int, device=value.device), kept
 
         hidden_L1H = wrapped(row)
@@ -161,7 +162,8 @@ def gradients(
 ) -> list[Seen]:
     """Leave `mini`'s reduced gradients in the model's gradient buffers; returns what the last stage saw."""
     groups = trained.groups
-    counts = _counts(trained, batch, mini, settings)
+    memory = _constant_views(trained, mini, settings, advance)
+    counts = _counts(trained, batch, mini, settings, memory, advance)
 
     def contribution(row: MicroBatch, head: Head) -> tuple[Tensor, Seen]:
         tokens = response_tokens(row, batch, trained.device)
@@ -174,7 +176,22 @@ def gradients(
         wrapped.zero_grad_buffer()
     trained.optimizer.zero_grad()
     rows = mini.microbatches[groups.data_rank]
-    return run_rows(trained, rows, contribution, head=settings.head, forward_only=False, advance=advance)
+    return run_rows(trained, rows, contribution, head=settings.head, forward_only=False, memory=memory, advance=advance)
+
+
+def _constant_views(
+    trained: Trained, mini: MiniBatch, settings: LossSettings, advance: Callable[[int], None]
+) -> Memory:
+    """A pass without gradient over the perturbed segments that are constants: what the last stage remembers of them."""
+    if not mini.constant_views:
+        return NOTHING
+
+    def keep(row: MicroBatch, head: Head) -> tuple[Tensor, dict[Any, Any]]:
+        return torch.zeros((), device=trained.device), dict(head.keep(row))
+
+    rows = mini.constant_views[trained.groups.data_rank]
+    kept = run_rows(trained, rows, keep, head=settings.head, forward_only=True, advance=advance)
+    return {key: remembered for part in kept for key, remembered in part.items()}
 
 
 def _apply(trained: Trained, losses: Sequence[Tensor]) -> tuple[float, bool]:
@@ -195,31 +212,34 @@ def _apply(trained: Trained, losses: Sequence[Tensor]) -> tuple[float, bool]:
     return grad_norm, True
 
 
-def _counts(trained: Trained, batch: Batch, mini: MiniBatch, settings: LossSettings) -> Counts:
-    """The mini-batch's counts; the "global" aggregation needs a counting pass, one more forward of its rows."""
-    groups = trained.groups
-    counts = partial(
-        Counts,
+def _counts(
+    trained: Trained,
+    batch: Batch,
+    mini: MiniBatch,
+    settings: LossSettings,
+    memory: Memory,
+    advance: Callable[[int], None],
+) -> Counts:
+    """The mini-batch's counts; the masked tokens of all ranks, where they were planned to be counted, by a pass without
+    gradient."""
+    counts = Counts(
         num_tokens=mini.num_tokens,
         num_samples=mini.num_samples,
         num_gated_samples=mini.num_gated_samples,
         num_microbatches=sum(len(rows) for rows in mini.microbatches),
         max_response_tokens=settings.max_response_tokens,
     )
-    counted = any("removing" in {key.view for key in row.images} for rows in mini.microbatches for row in rows)
-    if settings.perception.aggregation != "global" or not counted:
-        return counts()
-
-    uncounted = dataclasses.replace(settings.perception, aggregation="sample")
+    count_masked = settings.objective.count_masked
+    if not mini.counting or count_masked is None:
+        return counts
 
     def masked(row: MicroBatch, head: Head) -> tuple[Tensor, int]:
-        tokens = response_tokens(row, batch, trained.device)
-        outcome = settings.objective.loss(tokens, head, counts(), settings.algorithm, uncounted)
-        return outcome.loss, 0 if outcome.mask_N is None else int(outcome.mask_N.sum())
+        count = count_masked(response_tokens(row, batch, trained.device), head, settings.perception)
+        return torch.zeros((), device=trained.device), count
 
-    rows = mini.microbatches[groups.data_rank]
-    mine = sum(run_rows(trained, rows, masked, head=settings.head, forward_only=True))
-    return counts(num_masked_tokens=max(1, sum(groups.from_last_stages(mine))))
+    rows = mini.counting[trained.groups.data_rank]
+    mine = run_rows(trained, rows, masked, head=settings.head, forward_only=True, memory=memory, advance=advance)
+    return dataclasses.replace(counts, num_masked_tokens=max(1, sum(trained.groups.from_last_stages(sum(mine)))))
 
 
 def response_tokens(row: MicroBatch, batch: Batch, device: torch.device) -> Tokens:

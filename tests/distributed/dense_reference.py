@@ -54,6 +54,11 @@ def _statistics(model: Any, sample: Sample, view: View) -> tuple[Tensor, Tensor,
     return logp_N, -(logp_NV.exp() * finite).sum(1), finite
 
 
+def _constant(statistics: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    logp_N, entropy_N, logp_NV = statistics
+    return logp_N.detach(), entropy_N.detach(), logp_NV.detach()
+
+
 def _k3(original: Tensor, view: Tensor) -> Tensor:
     d = (view - original).clamp(-20, 20)
     return (d.exp() - d - 1).clamp(-10, 10)
@@ -101,6 +106,8 @@ def objective(
         original = _statistics(model, sample, "original")
         removing = _statistics(model, sample, "removing")
         preserving = _statistics(model, sample, "preserving")
+        if perception.stop_gradient_views:
+            removing, preserving = _constant(removing), _constant(preserving)
         old = original[0].detach() if old_logp is None else old_logp[index].to(model.dtype)
         ratio = (original[0] - old).exp()
         clipped = ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)

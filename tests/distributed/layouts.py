@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_cppo.algo.objective import OBJECTIVES
-from megatron_cppo.data.packing import build_batch
+from megatron_cppo.data.packing import build_batch, passes_of
 from megatron_cppo.types import Batch, Group, Sample, SampleStatistics
 from tests.distributed import tiny_model
 
@@ -103,6 +103,8 @@ def run_case(case: Case, world_size: int) -> Answer:
         num_updates=case.num_updates,
         packing=plan.packing,
         score=True,
+        constant_views=config.perception.stop_gradient_views,
+        count_masked=config.perception.aggregation == "global",
     )
     if case.scores:
         batch = with_drifted_scores(policy.score(batch, old=True, reference=False))
@@ -117,7 +119,7 @@ def run_case(case: Case, world_size: int) -> Answer:
         statistics=policy.statistics(),
         logits=logits,
         weights=dict(_copies(policy.weights())),
-        num_rows=sum(len(rows) for mini in batch.updates for rows in mini.microbatches),
+        num_rows=sum(len(rows) for mini in batch.updates for ranks in passes_of(mini) for rows in ranks),
     )
     process_groups.destroy()
     return answer

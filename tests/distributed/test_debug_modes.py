@@ -27,7 +27,7 @@ LAYOUTS = {
 SMALL_STEPS = ("--optimizer.learning_rate", "1e-5", "--trainer.num_steps", "2", "--trainer.export", "False")
 TOLERANCE = 1e-5
 """Layouts round differently; relative to the larger of the number and one."""
-PACKED = {"tokens/segments", "tokens/vision"}
+PACKED = {"tokens/segments", "tokens/vision", "tokens/vision_unshared"}
 """How rows are packed is the layout's own."""
 
 

@@ -15,6 +15,7 @@ from tests.distributed.matrix import Layout
 
 CHOICES: dict[str, dict[str, Any]] = {
     "cppo": {"algorithm__beta": 0.1, "algorithm__entropy_coefficient": 0.05},
+    "cppo, constant views": {"perception__stop_gradient_views": True},
     "cppo, exact, global": {"perception__divergence": "exact", "perception__aggregation": "global"},
     "grpo": {"algorithm__objective": "grpo", "algorithm__aggregation": "sample_mean", "algorithm__beta": 0.1},
     "supervised": {"algorithm__objective": "supervised"},
@@ -46,6 +47,8 @@ def run_case(folder: str, layout: Layout, fields: dict[str, Any], world_size: in
         num_updates=1,
         packing=plan.packing,
         score=True,
+        constant_views=config.perception.stop_gradient_views,
+        count_masked=config.perception.aggregation == "global",
     )
     batch = layouts.with_drifted_scores(policy.score(batch, old=True, reference=False))
     # Every sample left out: what is left are fillers, on every rank.
@@ -56,6 +59,8 @@ def run_case(folder: str, layout: Layout, fields: dict[str, Any], world_size: in
         num_updates=1,
         packing=empty,
         score=False,
+        constant_views=config.perception.stop_gradient_views,
+        count_masked=config.perception.aggregation == "global",
     )
     (mini,) = fillers.updates
     mini = dataclasses.replace(mini, num_tokens=7, num_samples=2, num_gated_samples=1)

@@ -6,7 +6,7 @@ Hidden states are Hugging Face's, so nothing but the objective, the mask and the
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -35,12 +35,17 @@ class DenseHead:
         self.hidden_TH, self.weight_VH = hidden_TH, weight_VH
         self.settings: dict[str, Any] = {"group": None, "vocab_size": VOCAB, "banned_ids": tiny_model.BANNED}
 
-    def statistics(self, rows_N: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-        return vocab_parallel.linear_statistics(self.hidden_TH[rows_N], self.weight_VH, targets_N, **self.settings)
+    def statistics(self, rows_N: Tensor, targets_N: Tensor, *, num_constant: int = 0) -> tuple[Tensor, Tensor]:
+        return vocab_parallel.linear_statistics(
+            self.hidden_TH[rows_N], self.weight_VH, targets_N, num_constant=num_constant, **self.settings
+        )
 
-    def divergence(self, rows_N: Tensor, other_rows_N: Tensor, *, stop_gradient_other: bool) -> Tensor:
-        function = partial(vocab_parallel.linear_divergence, stop_gradient_q=stop_gradient_other, **self.settings)
-        return function(self.hidden_TH[rows_N], self.hidden_TH[other_rows_N], self.weight_VH)
+    def divergences(self, rows_N: Tensor, others: Sequence[Tensor], *, constant_others: bool) -> Tensor:
+        hiddens = [self.hidden_TH[rows] for rows in (rows_N, *others)]
+        function = vocab_parallel.linear_view_statistics
+        no_targets = torch.full_like(rows_N, -1)
+        given = function(hiddens, self.weight_VH, no_targets, stop_gradient_views=constant_others, **self.settings)
+        return given.kl_KN
 
 
 def hidden_rows(model: Any, sample: Sample, view: View) -> Tensor:

@@ -13,7 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_cppo.algo.vocab_parallel import kl_divergence, linear_divergence, linear_statistics, token_statistics
+from megatron_cppo.algo.vocab_parallel import (
+    kl_divergence,
+    linear_divergence,
+    linear_statistics,
+    linear_view_statistics,
+    token_statistics,
+)
 from tests.distributed.launch import run_distributed
 
 NUM_ROWS, HIDDEN_SIZE = 7, 6
@@ -88,7 +94,7 @@ def assert_within(given: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 def doubles(*tensors: Tensor) -> list[Tensor]:
-    return [x.double().requires_grad_() for x in tensors]
+    return [x.to(torch.float64, copy=True).requires_grad_() for x in tensors]
 
 
 def weighted_sum(outputs: list[Tensor]) -> Tensor:
@@ -134,17 +140,23 @@ def check_reference(case: Case, tolerance: float) -> list[Tensor]:
     return given
 
 
-def check_linear(case: Case, tolerance: float) -> list[Tensor]:
+def check_linear(case: Case, tolerance: float, backend: str) -> list[Tensor]:
     hidden_p, hidden_q = (x.clone().requires_grad_() for x in (case.hidden_p, case.hidden_q))
     weight = case.shard_of_weight()
     dense_p, dense_q, dense_weight = doubles(case.hidden_p, case.hidden_q, case.weight)
-    two_rows = {"chunk_bytes": 2 * case.width * 4}
+    two_rows: dict[str, Any] = {"chunk_bytes": 2 * case.width * 4, "backend": backend}
     statistics, collectives = count(
         lambda: linear_statistics(hidden_p, weight, case.targets, **case.options, **two_rows)
     )
     assert collectives == case.one_gather
     kl, collectives = count(lambda: linear_divergence(hidden_p, hidden_q, weight, **case.options, **two_rows))
     assert collectives == case.one_gather
+    three = (hidden_p, hidden_q, hidden_q)
+    together, collectives = count(
+        lambda: linear_view_statistics(three, weight, case.targets, **case.options, **two_rows)
+    )
+    assert collectives == case.one_gather, "three views, any number of chunks: one all-gather"
+    assert_within(together.kl_KN[1], kl.double(), tolerance)
     given, expected = [*statistics, kl], case.dense(dense_p @ dense_weight.t(), dense_q @ dense_weight.t())
     for value, reference in zip(given, expected, strict=True):
         assert_within(value, reference, tolerance)
@@ -180,7 +192,10 @@ def check_all(rank: int, world_size: int) -> list[list[Tensor]]:
     for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 4e-6), (torch.bfloat16, 4e-6)):
         for empty_shard in (False, True)[:world_size]:
             case = Case(rank, world_size, empty_shard=empty_shard, dtype=dtype)
-            outputs.append([x.detach() for x in check_reference(case, tolerance) + check_linear(case, tolerance)])
+            found = check_reference(case, tolerance)
+            for backend in ("torch", "fused"):
+                found += check_linear(case, tolerance, backend)
+            outputs.append([x.detach() for x in found])
     check_no_rows(case)
     return outputs
 

@@ -29,7 +29,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_cppo import families
 from megatron_cppo.config import Config, ModelConfig, PolicyConfig, TrainerConfig
-from megatron_cppo.data.packing import pack
+from megatron_cppo.data.packing import Member, pack
 from megatron_cppo.families import towers
 from megatron_cppo.families.rules import whole_shapes
 from megatron_cppo.layout import layers_per_chunk, problems, replica_ranks
@@ -195,7 +195,7 @@ def _row(policy: PolicyConfig, shape: Any) -> MicroBatch:
         segment_multiple=2 * policy.context_parallel,
         row_multiple=2 * policy.context_parallel * policy.tensor_parallel * even,
     )
-    return pack([(0, sample, ("original", "preserving", "removing"))], packing)
+    return pack([Member(0, sample, ("original", "preserving", "removing"))], packing)
 
 
 @contextlib.contextmanager

@@ -10,19 +10,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_cppo.algo.objective import OBJECTIVES, Counts, Outcome, Tokens
-from megatron_cppo.algo.vocab_parallel import linear_divergence, linear_statistics
+from megatron_cppo.algo.vocab_parallel import linear_statistics, linear_view_statistics
 from megatron_cppo.config import AlgorithmConfig, PerceptionConfig
-from megatron_cppo.data.packing import pack
+from megatron_cppo.data.packing import Member, pack
 from megatron_cppo.plan import Packing
 from megatron_cppo.types import VIEWS, ImageGrid, Prompt, Sample, View
 
 HIDDEN_SIZE, VOCAB_SIZE, BANNED = 7, 23, (4, 5)
 TEMPERATURE = 0.8
+OPTIONS: dict[str, Any] = {
+    "group": None,
+    "vocab_size": VOCAB_SIZE,
+    "temperature": TEMPERATURE,
+    "banned_ids": BANNED,
+}
 GRID = ImageGrid(1, 2, 2, 2)
 Segment = tuple[int, View]
 Gradients = dict[Segment | str, Tensor]
@@ -95,32 +102,21 @@ class RecordingHead:
     hidden_TH: Tensor
     weight_VH: Tensor
     asked: list[list[int]] = field(default_factory=list)
-    divergences: list[tuple[list[int], list[int]]] = field(default_factory=list)
+    divergences_asked: list[list[list[int]]] = field(default_factory=list)
 
-    def statistics(self, rows_N: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    def statistics(self, rows_N: Tensor, targets_N: Tensor, *, num_constant: int = 0) -> tuple[Tensor, Tensor]:
         self.asked.append(rows_N.tolist())
         return linear_statistics(
-            self.hidden_TH[rows_N],
-            self.weight_VH,
-            targets_N,
-            group=None,
-            vocab_size=VOCAB_SIZE,
-            temperature=TEMPERATURE,
-            banned_ids=BANNED,
+            self.hidden_TH[rows_N], self.weight_VH, targets_N, num_constant=num_constant, **OPTIONS
         )
 
-    def divergence(self, rows_N: Tensor, other_rows_N: Tensor, *, stop_gradient_other: bool) -> Tensor:
-        self.divergences.append((rows_N.tolist(), other_rows_N.tolist()))
-        return linear_divergence(
-            self.hidden_TH[rows_N],
-            self.hidden_TH[other_rows_N],
-            self.weight_VH,
-            group=None,
-            vocab_size=VOCAB_SIZE,
-            temperature=TEMPERATURE,
-            banned_ids=BANNED,
-            stop_gradient_q=stop_gradient_other,
-        )
+    def divergences(self, rows_N: Tensor, others: Sequence[Tensor], *, constant_others: bool) -> Tensor:
+        self.divergences_asked.append([rows_N.tolist(), *(rows.tolist() for rows in others)])
+        hiddens = [self.hidden_TH[rows] for rows in (rows_N, *others)]
+        no_targets = torch.full_like(rows_N, -1)
+        return linear_view_statistics(
+            hiddens, self.weight_VH, no_targets, stop_gradient_views=constant_others, **OPTIONS
+        ).kl_KN
 
 
 @dataclass(frozen=True)
@@ -151,7 +147,7 @@ def run_row(
     samples = [problem.samples[i] for i in real]
     views_for = OBJECTIVES[objective].views_for
     views: list[tuple[View, ...]] = [("original",) if i < 0 else tuple(views_for(problem.samples[i])) for i in members]
-    row = pack([(i, sample, v) for i, sample, v in zip(members, samples, views, strict=True)], Packing())
+    row = pack([Member(i, sample, v) for i, sample, v in zip(members, samples, views, strict=True)], Packing())
     hidden_TH = torch.zeros(row.token_ids_T.numel(), HIDDEN_SIZE, dtype=torch.float64)
     by_view = dict(zip(VIEWS, (row.rows_original_N, row.rows_preserving_N, row.rows_removing_N), strict=True))
     for place, i in enumerate(real):

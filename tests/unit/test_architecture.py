@@ -127,8 +127,8 @@ def impure_algorithms(source: Source) -> Iterator[Violation]:
         for line, module in imports(source):
             package, *inner = module.split(".")
             ours = package == "megatron_cppo" and inner[:1] in (["algo"], ["types"], ["config"])
-            if not ours and package != "torch" and package not in sys.stdlib_module_names:
-                yield line, f"{module} is imported, but algo knows torch, types and config only"
+            if not ours and package not in ("torch", "triton") and package not in sys.stdlib_module_names:
+                yield line, f"{module} is imported, but algo knows torch, triton, types and config only"
 
 
 def families_by_name(source: Source) -> Iterator[Violation]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_cppo.algo.objective import OBJECTIVES
-from megatron_cppo.data.packing import ViewsFor, build_batch, pack, segment_tokens
+from megatron_cppo.data.packing import Member, ViewsFor, build_batch, pack, segment_tokens
 from megatron_cppo.families.qwen2_5_vl.positions import rope_positions
 from megatron_cppo.plan import Packing
 from megatron_cppo.types import VIEWS, Batch, Group, ImageGrid, MicroBatch, MiniBatch, Prompt, Sample, View
@@ -313,7 +313,7 @@ def test_only_samples_with_positive_advantage_and_an_image_are_perturbed() -> No
         make_sample(text_only, 0, [11], 1.0),
     ):
         assert views_for(sample) == ("original",)
-    row = pack([(0, make_sample(text_only, 0, [11, 12], 1.0), ("original",))], Packing())
+    row = pack([Member(0, make_sample(text_only, 0, [11, 12], 1.0), ("original",))], Packing())
     assert row.images == ()
     assert row.feature_slots_F.numel() == row.feature_rows_F.numel() == 0
     assert (row.rows_removing_N == -1).all()
@@ -345,7 +345,8 @@ def test_the_same_prompt_in_another_epoch_is_another_image() -> None:
     rng = np.random.default_rng(2)
     prompt = make_prompt(0, 1, rng)
     later = replace(prompt, epoch=1)
-    row = pack([(0, make_sample(prompt, 0, [11], 1.0), VIEWS), (1, make_sample(later, 0, [11], 1.0), VIEWS)], Packing())
+    members = [Member(i, make_sample(p, 0, [11], 1.0), VIEWS) for i, p in enumerate((prompt, later))]
+    row = pack(members, Packing())
     assert len(row.images) == 6
 
 
@@ -353,10 +354,10 @@ def test_padding_is_a_segment_of_its_own() -> None:
     prompt = make_prompt(3, 0, np.random.default_rng(3))
     sample = make_sample(prompt, 0, [11, 12, 13], 1.0)
     length = segment_tokens(sample)
-    row = pack([(0, sample, ("original",))], Packing(row_multiple=length + 5))
+    row = pack([Member(0, sample, ("original",))], Packing(row_multiple=length + 5))
     assert row.cu_seqlens_S.tolist() == [0, length, length + 5]
     assert row.num_padding_tokens == 5
-    assert pack([(0, sample, ("original",))], Packing(row_multiple=length)).num_padding_tokens == 0
+    assert pack([Member(0, sample, ("original",))], Packing(row_multiple=length)).num_padding_tokens == 0
 
 
 def test_a_sample_that_fits_no_row_is_named() -> None:

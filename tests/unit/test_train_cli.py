@@ -194,9 +194,7 @@ def unusual() -> Config:
     for section in dataclasses.fields(Config):
         default = getattr(Config(), section.name)
         fields = {
-            field.name: other(getattr(default, field.name), str(field.type))
-            for field in dataclasses.fields(default)
-            if field.name != "head_backend"  # the one choice without an alternative
+            field.name: other(getattr(default, field.name), str(field.type)) for field in dataclasses.fields(default)
         }
         sections[section.name] = dataclasses.replace(default, **fields)
     return Config(**sections)

@@ -5,6 +5,7 @@ Shapes: N rows, V columns, H hidden size, R shards.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -13,15 +14,20 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_cppo.algo.shard_statistics import (
-    Shard,
-    divergence_sums,
-    merge_divergence_sums,
-    merge_token_sums,
-    token_sums,
+from megatron_cppo.algo import linear_tiles, shard_kernels_torch
+from megatron_cppo.algo.shard_statistics import Shard, finish, merge
+from megatron_cppo.algo.vocab_parallel import (
+    kl_divergence,
+    linear_divergence,
+    linear_statistics,
+    linear_view_statistics,
+    token_statistics,
+    view_statistics,
 )
-from megatron_cppo.algo.vocab_parallel import kl_divergence, linear_divergence, linear_statistics, token_statistics
 
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is built for Linux alone; there every backend is tested"
+)
 VOCAB_SIZE = 53
 BANNED = (3, 17, 52)
 TEMPERATURE = 0.7
@@ -129,18 +135,24 @@ def test_any_cut_of_the_vocabulary_merges_to_the_same_statistics(num_shards: int
     targets = sampleable_targets(6)
     width = -(-(VOCAB_SIZE + padding) // num_shards)
     padded_p, padded_q = (with_rubbish(x, num_shards * width - VOCAB_SIZE).detach() for x in (logits_p, logits_q))
-    token_parts, divergence_parts = [], []
+    parts = []
     for rank in range(num_shards):
         shard = Shard.of_rank(
             rank, world_size=num_shards, width=width, vocab_size=VOCAB_SIZE, temperature=0.7, banned_ids=BANNED
         )
-        columns = slice(rank * width, rank * width + shard.num_valid)
-        token_parts.append(token_sums(padded_p[:, columns].clone(), targets, shard))
-        divergence_parts.append(divergence_sums(padded_p[:, columns].clone(), padded_q[:, columns].clone(), shard))
-    _, _, logp, entropy = merge_token_sums(torch.stack(token_parts), 1 / 0.7)
-    *_, kl = merge_divergence_sums(torch.stack(divergence_parts), 1 / 0.7)
-    torch.testing.assert_close((logp, entropy), dense_statistics(logits_p, targets, 0.7, BANNED), rtol=0, atol=1e-12)
-    torch.testing.assert_close(kl, dense_kl(logits_p, logits_q, 0.7, BANNED), rtol=0, atol=1e-12)
+        columns = slice(rank * width, (rank + 1) * width)
+        parts.append(shard_kernels_torch.view_sums([padded_p[:, columns], padded_q[:, columns]], targets, shard))
+    logp, last = finish(merge(torch.stack(parts), 1 / 0.7), 1 / 0.7)[:, 2:].unbind(1)
+    logp_p, entropy = dense_statistics(logits_p, targets, 0.7, BANNED)
+    logp_q, _ = dense_statistics(logits_q, targets, 0.7, BANNED)
+    torch.testing.assert_close((logp[0], logp[1]), (logp_p, logp_q), rtol=0, atol=1e-12)
+    kl = dense_kl(logits_p, logits_q, 0.7, BANNED)
+    torch.testing.assert_close((last[0], last[1]), (entropy, kl), rtol=0, atol=1e-12)
+    # Parts may be merged in parts: tiles of columns first, then ranks.
+    half = num_shards // 2
+    halves = [merge(torch.stack(part), 1 / 0.7) for part in (parts[:half], parts[half:]) if part]
+    again = finish(merge(torch.stack(halves), 1 / 0.7), 1 / 0.7)
+    torch.testing.assert_close(again[:, 2:].unbind(1), (logp, last), rtol=0, atol=1e-12)
 
 
 def test_a_shard_of_banned_columns_adds_nothing() -> None:
@@ -149,8 +161,8 @@ def test_a_shard_of_banned_columns_adds_nothing() -> None:
         Shard.of_rank(r, world_size=2, width=2, vocab_size=4, temperature=1.0, banned_ids=(2, 3)) for r in range(2)
     ]
     targets = torch.tensor([0, 1, 0])
-    parts = [token_sums(logits[:, 2 * r : 2 * r + 2].clone(), targets, shards[r]) for r in range(2)]
-    _, _, logp, entropy = merge_token_sums(torch.stack(parts), 1.0)
+    parts = [shard_kernels_torch.view_sums([logits[:, 2 * r : 2 * r + 2]], targets, shards[r]) for r in range(2)]
+    _, _, logp, entropy = finish(merge(torch.stack(parts), 1.0), 1.0)[0]
     torch.testing.assert_close((logp.double(), entropy.double()), dense_statistics(logits[:, :2], targets, 1.0))
 
 
@@ -188,6 +200,15 @@ def test_tiny_entropies_are_accurate_relative_to_themselves() -> None:
     torch.testing.assert_close(entropy.double(), expected, rtol=1e-5, atol=0)
 
 
+BACKENDS = ("torch", "fused", pytest.param("triton", marks=needs_triton))
+
+
+def narrow_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of a few columns, so that a small vocabulary has several, and banned ids are in some of them."""
+    monkeypatch.setattr(linear_tiles, "FEWEST_COLUMNS", 5)
+    monkeypatch.setitem(linear_tiles.MOST_COLUMNS, "cpu", 20)
+
+
 def linear_case(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Two sets of hidden rows, a weight with rubbish in its padding, and targets."""
     torch.manual_seed(6)
@@ -221,10 +242,14 @@ def backward(outputs: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("chunk_bytes", [1, 4 * 60 * 4, 2**29])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_linear_functions_match_the_dense_ones_in_any_number_of_chunks(chunk_bytes: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_linear_functions_match_the_dense_ones_in_any_number_of_chunks(
+    backend: str, chunk_bytes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow_tiles(monkeypatch)
     hidden_p, hidden_q, weight, targets = linear_case(dtype)
     dense = dense_leaves(hidden_p, hidden_q, weight)
-    given = linear_loss(hidden_p, hidden_q, weight, targets, chunk_bytes=chunk_bytes)
+    given = linear_loss(hidden_p, hidden_q, weight, targets, chunk_bytes=chunk_bytes, backend=backend)
     expected = dense_linear_loss(*dense, targets)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     torch.testing.assert_close([x.double() for x in given], expected, rtol=tolerance, atol=tolerance)
@@ -266,6 +291,111 @@ def test_stop_gradient_q_makes_q_a_constant() -> None:
     torch.testing.assert_close(weight.grad[:VOCAB_SIZE], dense_weight.grad, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_all_statistics_of_three_views_come_from_one_call(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow_tiles(monkeypatch)
+    hidden_p, hidden_q, weight, targets = linear_case(torch.float64)
+    hiddens = (hidden_p, hidden_q, (hidden_p.detach() * 0.9).requires_grad_())
+    *dense_hiddens, dense_weight = dense_leaves(*hiddens, weight)
+    options: dict[str, Any] = {"group": None, "vocab_size": VOCAB_SIZE, "temperature": 0.7, "banned_ids": BANNED}
+    given = linear_view_statistics(hiddens, weight, targets, backend=backend, **options)
+    logits = [hidden @ dense_weight.t() for hidden in dense_hiddens]
+    logps = [dense_statistics(view, targets, 0.7, BANNED)[0] for view in logits]
+    _, entropy = dense_statistics(logits[0], targets, 0.7, BANNED)
+    expected = [*logps, entropy, *(dense_kl(logits[0], view, 0.7, BANNED) for view in logits[1:])]
+    flat = [*given.logp_WN, given.entropy_N, *given.kl_KN]
+    torch.testing.assert_close(flat, expected, rtol=1e-12, atol=1e-12)
+    backward(flat)
+    backward(expected)
+    for leaf, dense in zip((*hiddens, weight), (*dense_hiddens, dense_weight), strict=True):
+        assert leaf.grad is not None
+        torch.testing.assert_close(leaf.grad[:VOCAB_SIZE], dense.grad, rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match=r"one shape, got \[\(8, 16\), \(9, 16\)\]"):
+        linear_view_statistics((hidden_p, hidden_q[1:]), weight, targets, **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_constant_rows_have_statistics_and_no_gradient(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow_tiles(monkeypatch)
+    hidden, _, weight, targets = linear_case(torch.float64)
+    dense_hidden, dense_weight = dense_leaves(hidden, weight)
+    options: dict[str, Any] = {"group": None, "vocab_size": VOCAB_SIZE, "backend": backend}
+    given = list(linear_statistics(hidden, weight, targets, num_constant=4, **options))
+    logits = dense_hidden @ dense_weight.t()
+    logits = torch.cat([logits[:5], logits[5:].detach()])
+    expected = list(dense_statistics(logits, targets, 1.0))
+    torch.testing.assert_close(given, expected, rtol=1e-12, atol=1e-12)
+    backward(given)
+    backward(expected)
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    assert (hidden.grad[5:] == 0).all()
+    torch.testing.assert_close(hidden.grad, dense_hidden.grad, rtol=0, atol=1e-12)
+    torch.testing.assert_close(weight.grad[:VOCAB_SIZE], dense_weight.grad, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_weights_gradient_is_added_to_a_buffer_that_is_given(backend: str) -> None:
+    """In float32, micro-batch after micro-batch: a bfloat16 gradient of the head would be rounded each time."""
+    hidden, hidden_q, weight, targets = linear_case(torch.bfloat16)
+    options: dict[str, Any] = {"group": None, "vocab_size": VOCAB_SIZE, "backend": backend}
+    total = torch.zeros_like(weight, dtype=torch.float32)
+    for part in (hidden, hidden_q):
+        backward(list(linear_statistics(part, weight, targets, weight_total_VH=total, **options)))
+    backward([linear_divergence(hidden, hidden_q, weight, weight_total_VH=total, **options)])
+    assert weight.grad is None
+    dense_p, dense_q, dense_weight = dense_leaves(hidden, hidden_q, weight)
+    for part in (dense_p, dense_q):
+        backward(list(dense_statistics(part @ dense_weight.t(), targets, 1.0)))
+    backward([dense_kl(dense_p @ dense_weight.t(), dense_q @ dense_weight.t(), 1.0)])
+    assert dense_weight.grad is not None
+    error = (total[:VOCAB_SIZE].double() - dense_weight.grad).norm() / dense_weight.grad.norm()
+    assert error < 1e-6
+    assert (total[VOCAB_SIZE:] == 0).all()
+
+
+class TestOverwrittenLogits:
+    """`overwrite_logits`: the gradient takes the logits' place, once."""
+
+    options: dict[str, Any] = {"group": None, "vocab_size": VOCAB_SIZE, "banned_ids": BANNED}  # noqa: RUF012
+
+    @pytest.mark.parametrize("num_views", [1, 3])
+    def test_the_gradient_lies_where_the_logits_were(self, num_views: int) -> None:
+        torch.manual_seed(7)
+        dense = [torch.randn(6, VOCAB_SIZE, dtype=torch.float64) for _ in range(num_views)]
+        kept, overwritten = ([with_rubbish(x, padding=3) for x in dense] for _ in range(2))
+        targets = sampleable_targets(6)
+        for views, overwrite in ((kept, False), (overwritten, True)):
+            given = view_statistics(views, targets, overwrite_logits=overwrite, **self.options)
+            backward([*given.logp_WN, given.entropy_N, *given.kl_KN])
+        for one, other in zip(kept, overwritten, strict=True):
+            assert one.grad is not None
+            assert other.grad is not None
+            assert torch.equal(one.grad, other.grad)
+            assert other.grad.data_ptr() == other.data_ptr()
+            assert one.grad.data_ptr() != one.data_ptr()
+
+    def test_a_second_backward_is_refused_and_said_why(self) -> None:
+        logits = torch.randn(2, VOCAB_SIZE, requires_grad=True)
+        logp, _ = token_statistics(logits, torch.tensor([0, 1]), overwrite_logits=True, **self.options)
+        logp.sum().backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="gradient over the logits; pass overwrite_logits=False to keep them"):
+            logp.sum().backward()
+
+    def test_another_reader_of_the_logits_hears_of_it(self) -> None:
+        logits = torch.randn(2, VOCAB_SIZE, requires_grad=True)
+        logp, _ = token_statistics(logits, torch.tensor([0, 1]), overwrite_logits=True, **self.options)
+        other = logits.square().sum()
+        logp.sum().backward()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            other.backward()
+
+    def test_one_tensor_cannot_hold_two_gradients(self) -> None:
+        logits = torch.randn(2, VOCAB_SIZE, requires_grad=True)
+        with pytest.raises(ValueError, match="share no memory, got the same tensor twice; clone one"):
+            view_statistics((logits, logits), torch.tensor([0, 1]), overwrite_logits=True, **self.options)
+
+
 class LargestTensor(TorchDispatchMode):
     """Notes the largest tensor that is computed, in elements."""
 
@@ -292,6 +422,29 @@ def test_logits_exist_for_one_chunk_and_the_weight_is_never_upcast_as_a_whole() 
         backward(list(outputs))
     assert largest.numel == weight.numel()  # its gradient
     assert weight.grad is not None
+
+
+def test_fused_logits_exist_for_one_tile_of_the_vocabulary() -> None:
+    num_rows, hidden_size, vocab_size = 64, 8, 40_000
+    hidden = torch.randn(num_rows, hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(vocab_size, hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    total = torch.zeros(vocab_size, hidden_size)
+    targets = torch.randint(vocab_size, (num_rows,))
+    with LargestTensor() as largest:
+        backward(
+            list(
+                linear_statistics(
+                    hidden,
+                    weight,
+                    targets,
+                    group=None,
+                    vocab_size=vocab_size,
+                    backend="fused",
+                    weight_total_VH=total,
+                )
+            )
+        )
+    assert largest.numel <= 4096 * num_rows
 
 
 def test_a_frozen_head_costs_no_gradient_of_its_weight() -> None:
@@ -339,7 +492,7 @@ def test_a_second_derivative_is_refused() -> None:
         ({"vocab_size": 12}, "vocab_size 12 does not fit 1 shards of 11 columns"),
         ({"vocab_size": 0}, "between 1 and 11"),
         ({"vocab_size": 11, "temperature": 0.0}, "temperature must be > 0, got 0.0"),
-        ({"vocab_size": 11, "backend": "magic"}, "unknown backend 'magic'; choose one of torch"),
+        ({"vocab_size": 11, "backend": "magic"}, "unknown backend 'magic'; choose one of torch, triton, fused"),
     ],
 )
 def test_impossible_arguments_are_named(options: dict[str, Any], message: str) -> None:

@@ -1,0 +1,118 @@
+"""The passes over a shard's logits by the two Triton kernels of `shard_kernels_triton_jit`.
+
+The twin of `shard_kernels_torch`, with the same signatures. Each kernel reads every logit once. Forward: a program owns
+some columns of one row, and each of its lanes adds up the columns that it meets, online; lanes, then programs, are
+merged by the algebra of `shard_statistics.merge`. Backward: one element, one program's lane, so the gradient may be
+written over the logits.
+
+Runs compiled on CUDA, and on a CPU in Triton's interpreter (TRITON_INTERPRET=1 before the first import).
+
+Shapes: N rows (tokens), W views of each (at most three), V columns (valid, then padding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from megatron_cppo.algo.shard_kernels_triton_jit import gradients_kernel, sums_kernel
+from megatron_cppo.algo.shard_statistics import Coefficients, Shard, merge, statistics_dtype, sums_of_no_columns
+
+# Lanes of a forward program, by the number of views (each keeps its sums in registers), and of a backward program.
+FORWARD_COLUMNS = {1: 2048, 2: 1024, 3: 1024}
+BACKWARD_COLUMNS = 1024
+# As many programs keep a large GPU busy; with fewer rows, several share a row.
+ENOUGH_PROGRAMS = 2048
+MOST_VIEWS = 3
+
+
+def view_sums(views: Sequence[Tensor], targets_N: Tensor, shard: Shard, *, num_splits: int | None = None) -> Tensor:
+    """`shard_kernels_torch.view_sums`. `num_splits` programs share a row; by default what fills a GPU."""
+    dtype = statistics_dtype(views[0])
+    num_rows = targets_N.numel()
+    if shard.num_valid == 0 or num_rows == 0:
+        return sums_of_no_columns(len(views), targets_N, dtype)
+    lanes = FORWARD_COLUMNS[len(views)]
+    if num_splits is None:
+        num_splits = max(1, min(ENOUGH_PROGRAMS // num_rows, shard.num_valid // (4 * lanes)))
+    columns = triton.cdiv(triton.cdiv(shard.num_valid, num_splits), lanes) * lanes
+    sums_RW4N = torch.empty(num_splits, len(views), 4, num_rows, dtype=dtype, device=targets_N.device)
+    ranges_B2, num_ranges = _banned_ranges(shard, targets_N.device)
+    sums_kernel[(num_rows, num_splits)](
+        *_pointers_and_strides(views),
+        targets_N,
+        sums_RW4N,
+        ranges_B2,
+        num_rows,
+        columns,
+        shard.start,
+        shard.num_valid,
+        shard.inverse_temperature,
+        NUM_VIEWS=len(views),
+        NUM_RANGES=num_ranges,
+        LANES=lanes,
+        num_warps=4,
+    )
+    return merge(sums_RW4N, shard.inverse_temperature)
+
+
+def view_gradients(
+    views: Sequence[Tensor], targets_N: Tensor, given: Coefficients, shard: Shard, out: Sequence[Tensor | None]
+) -> None:
+    """`shard_kernels_torch.view_gradients`."""
+    num_rows, width = views[0].shape
+    if num_rows == 0 or width == 0:
+        return
+    ranges_B2, num_ranges = _banned_ranges(shard, targets_N.device)
+    wanted = [into is not None for into in out] + [False] * (MOST_VIEWS - len(views))
+    places = [view if into is None else into for view, into in zip(views, out, strict=True)]
+    absent = given.constant_N
+    gradients_kernel[(num_rows, triton.cdiv(width, BACKWARD_COLUMNS))](
+        *_pointers_and_strides(views),
+        *_pointers_and_strides(places),
+        targets_N,
+        given.maximum_WN.contiguous(),
+        given.constant_N.contiguous(),
+        absent if given.slope_N is None else given.slope_N.contiguous(),
+        absent if given.cross_KN is None else given.cross_KN.contiguous(),
+        given.own_KN.contiguous(),
+        given.target_WN.contiguous(),
+        ranges_B2,
+        num_rows,
+        width,
+        shard.start,
+        shard.num_valid,
+        shard.inverse_temperature,
+        NUM_VIEWS=len(views),
+        HAS_SLOPE=given.slope_N is not None,
+        HAS_CROSS=given.cross_KN is not None,
+        WANTS_0=wanted[0],
+        WANTS_1=wanted[1],
+        WANTS_2=wanted[2],
+        NUM_RANGES=num_ranges,
+        LANES=BACKWARD_COLUMNS,
+        num_warps=4,
+    )
+
+
+def _pointers_and_strides(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Three pointers, then three row strides; absent views repeat the first."""
+    assert 1 <= len(tensors) <= MOST_VIEWS, f"{len(tensors)} views, of at most {MOST_VIEWS}"
+    assert all(tensor.stride(1) == 1 for tensor in tensors), "the columns of a row must lie next to each other"
+    three = [*tensors, *[tensors[0]] * (MOST_VIEWS - len(tensors))]
+    return *three, *(tensor.stride(0) for tensor in three)
+
+
+def _banned_ranges(shard: Shard, device: torch.device) -> tuple[Tensor, int]:
+    """Banned columns as [first, end) pairs: markers of images and videos are neighbours."""
+    ranges: list[list[int]] = []
+    for column in shard.banned:
+        if ranges and ranges[-1][1] == column:
+            ranges[-1][1] += 1
+        else:
+            ranges.append([column, column + 1])
+    return torch.tensor(ranges or [[0, 0]], dtype=torch.int64, device=device), len(ranges)
