@@ -51,6 +51,8 @@ def problems(config: Config, shape: ModelShape | None, *, propose: bool = True) 
         )
     if policy.device == "cpu" and policy.precision != "fp32":
         found.append("policy.precision: the cpu platform computes in fp32; use --policy.precision fp32")
+    if policy.device == "cpu" and policy.head_backend == "triton":
+        found.append("policy.head_backend: triton compiles for a GPU, but policy.device is cpu; use fused or torch")
     if policy.recompute_vision and not config.model.train_vision:
         found.append("policy.recompute_vision: the vision tower is frozen, nothing of it is kept; turn it off")
     sizes = (policy.tensor_parallel, policy.pipeline_parallel, policy.virtual_pipeline, policy.expert_parallel)

@@ -26,11 +26,16 @@ from megatron_cppo.types import VIEWS, MicroBatch, View
 
 @dataclass(frozen=True, slots=True)
 class HeadSettings:
-    """What turns logits into the distribution that was sampled from, and what computes with it."""
+    """What turns logits into the distribution that was sampled from, and what computes with it.
+
+    The weight's gradient goes straight into Megatron-Core's fp32 buffer, where there is one, so that none of the head's
+    size is made, or rounded, beside it; with `hooked` it takes autograd's way, where hooks see it.
+    """
 
     temperature: float
     banned_ids: tuple[int, ...]
     backend: str
+    hooked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +87,7 @@ class Head:
             "temperature": settings.temperature,
             "banned_ids": settings.banned_ids,
             "backend": settings.backend,
-            # Megatron-Core's fp32 buffer: no gradient of the head's size is made, or rounded, beside it.
-            "weight_total_VH": getattr(self.weight_VH, "main_grad", None),
+            "weight_total_VH": None if settings.hooked else getattr(self.weight_VH, "main_grad", None),
         }
         self._statistics = partial(linear_statistics, **common)
         self._view_statistics = partial(linear_view_statistics, **common)

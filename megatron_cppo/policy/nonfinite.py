@@ -94,6 +94,8 @@ class _Watched:
         self.gradients: dict[int, list[str]] = {}
 
     def start_row(self, chunk: Any, *_: Any) -> None:
+        if not torch.is_grad_enabled():  # a pass that comes before the update's own rows
+            return
         self._row = self._started[id(chunk)] % self._num_rows
         self._started[id(chunk)] += 1
         self._inside = True
@@ -107,7 +109,8 @@ class _Watched:
         self.backward_row = row
 
     def with_loss(self, settings: step.LossSettings) -> step.LossSettings:
-        """`settings` whose losses say when their row's backward starts: the head's comes before the hidden states'."""
+        """`settings` whose losses say when their row's backward starts (the head's comes before the hidden states'), and
+        whose head lets hooks see its weight's gradient."""
         plain = settings.objective
 
         def loss(*args: Any) -> Any:
@@ -116,7 +119,11 @@ class _Watched:
                 outcome.loss.register_hook(partial(self._start_backward, self._row))
             return outcome
 
-        return dataclasses.replace(settings, objective=dataclasses.replace(plain, loss=loss))
+        return dataclasses.replace(
+            settings,
+            objective=dataclasses.replace(plain, loss=loss),
+            head=dataclasses.replace(settings.head, hooked=True),
+        )
 
     def see_output(self, name: str, module: Any, inputs: Any, kwargs: Any, output: Any) -> None:
         # Activations that are computed again in backward were seen before.

@@ -144,6 +144,10 @@ SINGLE_PROBLEMS: dict[str, tuple[dict[str, object], str]] = {
         "each stage needs one; use 1 1",
     ),
     "no stage": ({"policy__pipeline_parallel": 0}, "policy.pipeline_parallel: 0 is outside [1, inf]; use 1"),
+    "Triton's kernels on cpu": (
+        {"policy__device": "cpu", "policy__precision": "fp32", "policy__head_backend": "triton"},
+        "policy.head_backend: triton compiles for a GPU, but policy.device is cpu; use fused or torch",
+    ),
     "bf16 on cpu": (
         {"policy__device": "cpu"},
         "policy.precision: the cpu platform computes in fp32; use --policy.precision fp32",
