@@ -164,9 +164,9 @@ class PolicyConfig:
     """Where the reference's weights live while they are not used (only with beta > 0)."""
     attention: Literal["default", "torch"] = "default"
     """default: Transformer Engine's on cuda, PyTorch's on cpu; torch: PyTorch's everywhere, which is slower."""
-    head_backend: Literal["fused", "torch", "triton"] = "fused"
+    head_backend: Literal["fused", "torch", "compiled", "triton"] = "fused"
     """What computes token statistics from hidden rows. fused: a tile of the vocabulary at a time, so that logits never
-    exist (on cuda by Triton's kernels); torch, triton: some rows at a time, over the whole vocabulary."""
+    exist (on cuda by Triton's kernels); torch, compiled (by torch.compile), triton: some rows at a time."""
     device: Literal["cuda", "cpu"] = "cuda"
     """cpu runs the same Megatron-Core code on gloo."""
     megatron_overrides: tuple[str, ...] = ()

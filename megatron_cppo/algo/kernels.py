@@ -1,4 +1,4 @@
-"""The passes over a shard's logits that a backend can choose from: plain torch, or Triton.
+"""The passes over a shard's logits that a backend can choose from: plain torch, torch compiled, or Triton.
 
 Shapes are those of `shard_kernels_torch`, which documents both.
 """
@@ -24,6 +24,13 @@ class Kernels:
 def torch_kernels() -> Kernels:
     """Everywhere."""
     return Kernels(shard_kernels_torch.view_sums, shard_kernels_torch.view_gradients)
+
+
+def compiled_kernels() -> Kernels:
+    """Where torch.compile works: on a CPU that takes a C++ compiler."""
+    from megatron_cppo.algo import shard_kernels_compiled
+
+    return Kernels(shard_kernels_compiled.view_sums, shard_kernels_compiled.view_gradients)
 
 
 def triton_kernels() -> Kernels:

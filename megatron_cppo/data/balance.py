@@ -22,8 +22,7 @@ Costs = Sequence[Sequence[int]]
 """Tokens of each group's samples."""
 
 ROW_TOLERANCE = 0.1
-"""How far a rank's fullest row may stay above the mean; evener rows would cut more groups."""
-
+"""How far a rank's fullest row may stay above the mean, as a share of it; evener rows would cut more groups."""
 _MAX_PARTNERS, _MAX_CUTS = 16, 16
 """Bins tried for an exchange, the emptiest first, and places tried to cut a group: they bound the time."""
 
@@ -46,10 +45,7 @@ _Exchange = tuple[tuple[int, int, int], int, _Parcel, _Parcel]
 
 @dataclass(frozen=True, slots=True)
 class _Bins:
-    """Bins that are being filled: bin -> what it holds, its load in tokens, the parcels that can leave it, cheapest first.
-
-    What it holds is group -> its samples there, cheapest first.
-    """
+    """Bins being filled: what each holds (group -> samples), its load in tokens, what can leave it; cheapest first."""
 
     costs: Costs
     images: Sequence[int]
@@ -108,7 +104,7 @@ def fill_ranks(
     every rank, to 1 %. `images` as for `deal`.
     """
     tokens = [[tokens for group in rank for _, tokens in group] for rank in ranks]
-    assert all(cost <= max_tokens for rank in tokens for cost in rank), f"a sample has more than {max_tokens} tokens"
+    assert all(cost <= max_tokens for rank in tokens for cost in rank), f"a sample is longer than {max_tokens}"
     fewest = max(_fewest_rows(rank, max_tokens) for rank in tokens)
     num_rows = math.ceil(max(1, fewest) / rows_multiple) * rows_multiple
     while True:
@@ -124,8 +120,7 @@ def fill_ranks(
 
 
 def _fewest_rows(tokens: Sequence[int], max_tokens: int) -> int:
-    """A number of rows that these samples need at least."""
-    # At most k samples that are longer than a (k + 1)-th of a row share one.
+    """A number of rows that samples need at least: at most k that are longer than a (k + 1)-th of a row share one."""
     by_length = [math.ceil(sum(cost * (k + 1) > max_tokens for cost in tokens) / k) for k in range(1, 8)]
     return max(math.ceil(sum(tokens) / max_tokens), *by_length)
 
@@ -195,7 +190,7 @@ def _level(bins: _Bins, goal: int) -> _Bins:
 
 
 def _list_parcels(bins: _Bins, index: int) -> None:
-    """Single samples, and the cheapest or the dearest ones of a group: they are alike in their views."""
+    """Of each group single samples, the cheapest, the dearest: gated ones, which cost more, mostly stay together."""
     parcels = []
     for group, samples in bins.held[index].items():
         until = [0, *accumulate(bins.costs[group][sample] for sample in samples)]

@@ -109,8 +109,8 @@ class _Watched:
         self.backward_row = row
 
     def with_loss(self, settings: step.LossSettings) -> step.LossSettings:
-        """`settings` whose losses say when their row's backward starts (the head's comes before the hidden states'), and
-        whose head lets hooks see its weight's gradient."""
+        """`settings` whose losses say when their row's backward starts (the head's is before the hidden states'), and
+        whose head's gradient hooks see."""
         plain = settings.objective
 
         def loss(*args: Any) -> Any:

@@ -6,6 +6,7 @@ Shapes: N rows, W views, V columns of a shard (valid, then padding).
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,13 +19,16 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is built for Linux alone; there every kernel is tested")
 
 from megatron_cppo.algo import shard_kernels_torch, shard_kernels_triton
-from megatron_cppo.algo.kernels import Kernels, torch_kernels, triton_kernels
+from megatron_cppo.algo.kernels import Kernels, compiled_kernels, torch_kernels, triton_kernels
 from megatron_cppo.algo.shard_statistics import Shard, coefficients, finish, merge
 
 KERNELS = {"torch": torch_kernels, "triton": triton_kernels}
 NUM_ROWS, VOCAB_SIZE, PADDING, TEMPERATURE = 5, 301, 19, 0.7
 # Neighbours, a loner, and the last column of the vocabulary.
 BANNED = (7, 8, 9, 150, 300)
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler, and there is none"
+)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -101,6 +105,34 @@ def test_every_statistic_and_every_gradient_is_that_of_dense_float64(
             torch.testing.assert_close(gradient[:, : shard.num_valid], leaf.grad[:, columns], rtol=1e-9, atol=1e-11)
             assert (gradient[:, shard.num_valid :] == 0).all()
             assert (gradient[:, list(shard.banned)] == 0).all()
+
+
+@needs_compiler
+@pytest.mark.parametrize(("num_views", "dtype"), [(1, torch.float64), (3, torch.float64), (3, torch.bfloat16)])
+def test_compiled_kernels_give_what_the_plain_ones_give(num_views: int, dtype: torch.dtype) -> None:
+    """Any number of rows by the code that was compiled once; over the logits, and into another tensor."""
+    views, targets = views_of(num_views, scale=3.0, distance=0.5)
+    shards = cut([view.to(dtype) for view in views], 2)
+    plain, compiled = torch_kernels(), compiled_kernels()
+    wanted, given = (statistics(kernels, shards, targets) for kernels in (plain, compiled))
+    tolerance = 1e-12 if dtype == torch.float64 else 4e-6
+    torch.testing.assert_close(given, wanted, rtol=tolerance, atol=tolerance)
+    weights = torch.linspace(-1, 2, 2 * num_views * NUM_ROWS, dtype=wanted.dtype).view(2 * num_views, NUM_ROWS)
+    kl_weights = weights[num_views + 1 :] if num_views > 1 else None
+    given_coefficients = coefficients(wanted, weights[:num_views], weights[num_views], kl_weights, 1 / TEMPERATURE)
+    for rows in (slice(0, NUM_ROWS), slice(1, 4)):
+        for shard, part in shards:
+            mine = [view[rows].clone() for view in part]
+            expected = [torch.empty_like(view) for view in mine]
+            chosen = given_coefficients.rows(rows)
+            plain.view_gradients(mine, targets[rows], chosen, shard, expected)
+            elsewhere = [torch.empty_like(view) for view in mine]
+            compiled.view_gradients(mine, targets[rows], chosen, shard, elsewhere)
+            compiled.view_gradients(mine, targets[rows], chosen, shard, mine)
+            for one, other, reference in zip(mine, elsewhere, expected, strict=True):
+                assert torch.equal(one, other)
+                rounding = 2**-7 if dtype == torch.bfloat16 else 1e-12
+                torch.testing.assert_close(one, reference, rtol=rounding, atol=1e-6 if rounding > 1e-3 else 1e-13)
 
 
 @pytest.mark.parametrize("kind", KERNELS)

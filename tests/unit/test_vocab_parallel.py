@@ -492,7 +492,10 @@ def test_a_second_derivative_is_refused() -> None:
         ({"vocab_size": 12}, "vocab_size 12 does not fit 1 shards of 11 columns"),
         ({"vocab_size": 0}, "between 1 and 11"),
         ({"vocab_size": 11, "temperature": 0.0}, "temperature must be > 0, got 0.0"),
-        ({"vocab_size": 11, "backend": "magic"}, "unknown backend 'magic'; choose one of torch, triton, fused"),
+        (
+            {"vocab_size": 11, "backend": "magic"},
+            "unknown backend 'magic'; choose one of torch, compiled, triton, fused",
+        ),
     ],
 )
 def test_impossible_arguments_are_named(options: dict[str, Any], message: str) -> None:
