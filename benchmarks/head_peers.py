@@ -79,7 +79,7 @@ def verl(leaves: Sequence[Tensor], targets_N: Tensor, temperature: float) -> Sta
     logits_NV = leaves[0].float()
     temperature_N = torch.full(targets_N.shape, temperature)
     temperature_N[temperature_N <= 0] = 1e-8
-    assert torch.all(temperature_N > 0).item()
+    assert torch.all(temperature_N > 0).item(), "verl's own check"
     logits_NV.div_(temperature_N.unsqueeze(dim=-1).to(logits_NV.dtype))
     copy_NV = logits_NV.clone()
     entropy_N = functions.vocab_parallel_entropy(logits_NV)

@@ -310,8 +310,8 @@ def memory_and_collectives(implementation: Implementation, case: Case, counts: C
             pass
         gradients = backward(case, statistics)
         into.backward = counts.take()
-    assert profiled.profiler is not None
-    assert profiled.profiler.kineto_results is not None
+    assert profiled.profiler is not None, "the profiler ran"
+    assert profiled.profiler.kineto_results is not None, "the profiler kept its events"
     events = profiled.profiler.kineto_results.events()
     mark = next(event.start_ns() for event in events if event.name() == MARK)
     allocations = [event for event in events if event.name() == "[memory]"]
@@ -337,7 +337,7 @@ def attempt(function: Callable[[], Any]) -> tuple[Any, str]:
     result = failure = None
     try:
         result = function()
-    except Exception as error:
+    except (RuntimeError, ValueError, TypeError, AttributeError, ImportError, AssertionError) as error:
         failure = f"{type(error).__name__}: {error}".splitlines()[0]
     return result, next((reason for reason in everyone(failure) if reason), "")
 
