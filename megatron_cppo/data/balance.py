@@ -229,8 +229,8 @@ def _exchanges(bins: _Bins, fullest: int, partner: int, goal: int, cuts: int) ->
     high, low = bins.loads[fullest], bins.loads[partner]
 
     def price(parcel: _Parcel, target: dict[int, list[int]]) -> int:
-        """Images to encode more if the parcel goes to the bin `target`."""
-        return (bins.images[parcel.group] if parcel.samples else 0) * ((parcel.group not in target) - parcel.whole)
+        """Images to encode more if the parcel goes to the bin `target`; none for `_NOTHING`, new there but whole."""
+        return bins.images[parcel.group] * ((parcel.group not in target) - parcel.whole)
 
     every = [(take, price(take, here)) for take in (_NOTHING, *bins.parcels[partner])]
     takes_by_cuts = [[take for take in every if take[1] <= 0], every]

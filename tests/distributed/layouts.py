@@ -58,7 +58,8 @@ WORLD = {name: world(name) for name in LAYOUTS}
 
 @dataclass(frozen=True)
 class Case:
-    """One run: a checkpoint, a layout's fields, the objective's, and how the batch is cut and ordered."""
+    """One run: a checkpoint, a layout's fields, the objective's, and how the batch is cut and ordered. `gated` are the
+    samples with a positive advantage, by number; None leaves the advantages as they are made."""
 
     folder: str
     fields: dict[str, Any]
@@ -66,6 +67,7 @@ class Case:
     scores: bool = False
     logits: bool = False
     num_updates: int = 1
+    gated: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,17 @@ def run_cases(rank: int, world_size: int, cases: dict[str, Case]) -> dict[str, A
 
 def groups_of(case: Case) -> list[Group]:
     groups = tiny_model.make_groups(6, 3, vocab_size=VOCAB)
+    if case.gated is not None:
+        groups = [_gated(group, range(3 * number, 3 * number + 3), case.gated) for number, group in enumerate(groups)]
     return groups[::-1] if case.reverse else groups
+
+
+def _gated(group: Group, numbers: Sequence[int], chosen: Sequence[int]) -> Group:
+    samples = zip(group.samples, numbers, strict=True)
+    return Group(
+        group.prompt,
+        tuple(dataclasses.replace(s, advantage=abs(s.advantage) * (1 if n in chosen else -1)) for s, n in samples),
+    )
 
 
 def run_case(case: Case, world_size: int) -> Answer:

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_cppo.algo.objective import OBJECTIVES
-from megatron_cppo.data.packing import build_batch
+from megatron_cppo.data.packing import build_batch, passes_of
 from megatron_cppo.families.qwen2_5_vl.positions import rope_positions
 from megatron_cppo.plan import Packing
 from megatron_cppo.policy.split import context_tokens
@@ -277,6 +278,67 @@ def fewest_rows(case: Case, kept: list[int]) -> int:
     tokens = sum(len(case.views(case.samples[i])) * case.padded(case.samples[i]) for i in kept)
     rows = max(1, math.ceil(tokens / case.packing.max_tokens / case.packing.data_parallel))
     return math.ceil(rows / case.packing.rows_multiple) * case.packing.rows_multiple
+
+
+def planned_passes(case: Case) -> Batch:
+    return build_batch(
+        case.groups,
+        views_for=OBJECTIVES[case.objective].views_for,
+        num_updates=case.num_updates,
+        packing=replace(case.packing, drop_oversized=True),
+        score=False,
+        constant_views=True,
+        count_masked=True,
+    )
+
+
+@checked
+@given(cases())
+def test_every_pass_has_as_many_rows_on_every_rank(case: Case) -> None:
+    """Or a rank would wait for ever, whatever its gates are."""
+    for mini in planned_passes(case).updates:
+        for rows in passes_of(mini):
+            assert len(rows) == case.packing.data_parallel
+            (count,) = {len(rank) for rank in rows}
+            assert count >= 1
+            assert count % case.packing.rows_multiple == 0
+
+
+@checked
+@given(cases())
+def test_a_constant_view_is_remembered_on_the_rank_that_will_ask_for_it(case: Case) -> None:
+    for mini in planned_passes(case).updates:
+        every = Counter()
+        for number, rows in enumerate(mini.microbatches):
+            kept = Counter(
+                (index, view)
+                for row in (mini.constant_views[number] if mini.constant_views else ())
+                for member, index in enumerate(row.sample_ids)
+                if index >= 0
+                for view in views_of(row, member)
+            )
+            asked = Counter(key for row in rows for key in row.constants)
+            assert kept == asked
+            counted = Counter(key for row in (mini.counting[number] if mini.counting else ()) for key in row.constants)
+            assert counted == Counter(key for key in asked if key[1] == "removing")
+            every += asked
+        gated = {i for rank in mini.microbatches for row in rank for i in row.sample_ids if i >= 0}
+        gated = {i for i in gated if len(case.views(case.samples[i])) == 3}
+        assert every == Counter((i, view) for i in gated for view in ("preserving", "removing"))
+
+
+@checked
+@given(cases())
+def test_rows_of_constant_views_are_named_behind_the_rows_end(case: Case) -> None:
+    for mini in planned_passes(case).updates:
+        for row in (row for rank in mini.microbatches for row in rank):
+            named = torch.cat([row.rows_preserving_N, row.rows_removing_N])
+            named = named[named >= 0]
+            assert (row.rows_original_N < row.token_ids_T.numel()).all()
+            expected = row.token_ids_T.numel() + torch.arange(len(named))
+            assert torch.equal(named.sort().values, expected)
+            lengths = [len(case.samples[index].token_ids) for index, _ in row.constants]
+            assert sum(lengths) == len(named)
 
 
 def test_the_drawn_steps_cover_what_matters() -> None:
