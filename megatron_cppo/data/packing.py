@@ -130,9 +130,8 @@ def _mini_batch(
 ) -> MiniBatch:
     """The rows of these samples in every pass; where there are none, the shortest sample of `filler` at zero weight."""
     ranks = _deal(groups, packing)
-    gated = [[[m for m in group if m.sample.gated] for group in rank] for rank in ranks]
-    constant = [[[Member(m.index, m.sample, (v,)) for m in g for v in m.constants] for g in rank] for rank in gated]
-    counted = [[[_counted(m) for m in g if "removing" in m.views + m.constants] for g in rank] for rank in gated]
+    constant = [[[Member(m.index, m.sample, (v,)) for m in g for v in m.constants] for g in rank] for rank in ranks]
+    counted = [[[_counted(m) for m in g if "removing" in m.views + m.constants] for g in rank] for rank in ranks]
     shortest = Member(-1, min(filler, key=segment_tokens), _ORIGINAL)
     members = [member for group in groups for member in group]
     return MiniBatch(
@@ -147,7 +146,7 @@ def _mini_batch(
 
 
 def _counted(member: Member) -> Member:
-    """What counting a gated sample's masked tokens takes: the preserving view has no part in it."""
+    """What counting a sample's masked tokens takes: the preserving view has no part in it."""
     views = tuple(view for view in member.views if view != "preserving")
     return member._replace(views=views, constants=tuple(view for view in member.constants if view != "preserving"))
 
