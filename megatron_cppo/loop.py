@@ -171,14 +171,15 @@ def _prompts(run: Run, step: int, record: StepRecord) -> list[Prompt]:
 
 def plan_batch(config: Config, plan: Plan, groups: Sequence[Group], *, score: bool) -> Batch:
     """The packed rows of a step's groups: its updates, and with `score` the scoring pass."""
+    objective = OBJECTIVES[config.algorithm.objective]
     return build_batch(
         groups,
-        views_for=OBJECTIVES[config.algorithm.objective].views_for,
+        views_for=objective.views_for,
         num_updates=config.trainer.updates_per_step,
         packing=plan.packing,
         score=score,
         constant_views=config.perception.stop_gradient_views,
-        count_masked=config.perception.aggregation == "global",
+        count_masked=objective.count_masked is not None and config.perception.aggregation == "global",
     )
 
 

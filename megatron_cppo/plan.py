@@ -77,7 +77,7 @@ class Plan:
     num_updates: int
     packing: Packing
     longest_sample_tokens: int
-    views_per_gated_sample: int
+    views_in_one_row: int
     uses_reference: bool
     scores_old_logp: bool
     num_parameters: int
@@ -118,7 +118,7 @@ def _derive(config: Config, shape: ModelShape) -> Plan:
         num_updates=trainer.num_steps * trainer.updates_per_step,
         packing=_packing(config, data_parallel),
         longest_sample_tokens=longest_sample(config),
-        views_per_gated_sample=_views(config),
+        views_in_one_row=_views(config),
         uses_reference=reference,
         scores_old_logp=trainer.updates_per_step > 1 and not supervised,
         num_parameters=shape.num_parameters,

@@ -150,8 +150,9 @@ class MiniBatch:
     """What one optimizer update sees: every data-parallel rank's microbatches, and the counts of the whole.
 
     Losses are sums of terms divided by these counts, so no number depends on the cut. Two passes without gradient may
-    come before: `constant_views` are the perturbed segments alone, where they are constants (`stop_gradient_views`);
-    `counting` what the "global" aggregation counts masked tokens in. A sample is on one rank in all passes.
+    come before. `constant_views` are the perturbed segments alone, where they are constants (`stop_gradient_views`); of
+    these the last stage keeps a hidden state of each response token, two views' of all gated samples, for the update.
+    `counting` rows are what the "global" aggregation counts masked tokens in. A sample is on one rank in all passes.
     """
 
     microbatches: RowsOfRanks

@@ -86,7 +86,6 @@ def _per_token(
         raise ValueError(
             'aggregation "global" needs num_masked_tokens, got None; count them in a pass without gradient'
         )
-    assert sample_id_M.numel() <= num_masked_tokens, f"{sample_id_M.numel()} of {num_masked_tokens} masked tokens"
     return sample_id_M.new_full(sample_id_M.shape, 1.0 / max(num_masked_tokens, 1), dtype=torch.float32)
 
 
@@ -114,7 +113,9 @@ def aggregate(
       without a masked token count). A sample's tokens must all be here. Independent of the cut.
     - "microbatch": mean over the masked tokens here, over `num_microbatches` (the plan knows it). Parity with the
       authors' release; depends on the cut.
-    - "global": sum over `num_masked_tokens` (from a counting pass without gradient). Independent of the cut.
+    - "global": sum over `num_masked_tokens` (from a counting pass without gradient, whose rows are packed in another
+      way: a token whose place in the mask hangs on rounding may be counted and not used, or the other way round).
+      Independent of the cut but for that.
 
     Raises ValueError for an unknown `kind`, and for "global" without its count.
     """

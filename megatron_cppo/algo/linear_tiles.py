@@ -67,6 +67,8 @@ def gradients(
 def _tiles(hiddens: Sequence[Tensor], shard: Shard, chunk_bytes: int) -> Iterator[slice]:
     """Slices of as many columns as have `chunk_bytes` of logits over all views, within the bounds above."""
     column_bytes = len(hiddens) * max(1, hiddens[0].shape[0]) * statistics_dtype(hiddens[0]).itemsize
-    width = max(FEWEST_COLUMNS, min(MOST_COLUMNS[hiddens[0].device.type], chunk_bytes // column_bytes))
+    width = max(
+        FEWEST_COLUMNS, min(MOST_COLUMNS.get(hiddens[0].device.type, MOST_COLUMNS["cuda"]), chunk_bytes // column_bytes)
+    )
     for first in range(0, shard.num_valid, width):
         yield slice(first, min(first + width, shard.num_valid))

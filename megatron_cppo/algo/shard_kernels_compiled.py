@@ -22,6 +22,7 @@ from megatron_cppo.algo.shard_statistics import (
     LOWEST,
     Coefficients,
     Shard,
+    banned_columns,
     merge,
     statistics_dtype,
     sums_of_no_columns,
@@ -51,9 +52,14 @@ def view_gradients(
     run = _compiled()[1]
     for columns in _allowed(shard):
         place_N, owned_N = shard.tile(columns.start, columns.stop).columns_of(targets_N)
-        into = [None if whole is None else whole[:, columns] for whole in out]
+        cut = [view[:, columns] for view in views]
+        # Where the gradient overwrites the logits, both must be one tensor for the compiler to see it.
+        into = [
+            None if whole is None else part if whole.data_ptr() == view.data_ptr() else whole[:, columns]
+            for part, view, whole in zip(cut, views, out, strict=True)
+        ]
         run(
-            [view[:, columns] for view in views],
+            cut,
             into,
             torch.where(owned_N, place_N, -1),
             given.maximum_WN,
@@ -68,7 +74,7 @@ def view_gradients(
         if whole is not None:
             whole[:, shard.num_valid :] = 0.0
             if shard.banned:
-                whole.index_fill_(1, torch.tensor(shard.banned, device=whole.device), 0.0)
+                whole.index_fill_(1, banned_columns(shard, whole.device), 0.0)
 
 
 def _allowed(shard: Shard) -> Iterator[slice]:

@@ -17,6 +17,7 @@ from megatron_cppo.algo.shard_statistics import (
     LOWEST,
     Coefficients,
     Shard,
+    banned_columns,
     statistics_dtype,
     sums_of_no_columns,
 )
@@ -120,7 +121,7 @@ def _tiles(logits_NV: Tensor, shard: Shard, *, num_buffers: int) -> Iterator[tup
     if shard.num_valid == 0:
         return
     dtype = statistics_dtype(logits_NV)
-    most = max(1, TILE_BYTES[logits_NV.device.type] // (shard.num_valid * dtype.itemsize))
+    most = max(1, TILE_BYTES.get(logits_NV.device.type, TILE_BYTES["cuda"]) // (shard.num_valid * dtype.itemsize))
     total = logits_NV.shape[0]
     buffers = [logits_NV.new_empty(min(most, total), shard.num_valid, dtype=dtype) for _ in range(num_buffers)]
     for first in range(0, total, most):
@@ -135,7 +136,7 @@ def _copy(logits_nV: Tensor, shard: Shard, into_nv: Tensor) -> Tensor:
 
 def _fill_banned_(x_nv: Tensor, shard: Shard, value: float) -> Tensor:
     if shard.banned:
-        x_nv.index_fill_(1, torch.tensor(shard.banned, device=x_nv.device), value)
+        x_nv.index_fill_(1, banned_columns(shard, x_nv.device), value)
     return x_nv
 
 

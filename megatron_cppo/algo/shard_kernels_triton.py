@@ -13,6 +13,7 @@ Shapes: N rows (tokens), W views of each (at most three), V columns (valid, then
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ MOST_VIEWS = 3
 
 def view_sums(views: Sequence[Tensor], targets_N: Tensor, shard: Shard, *, num_splits: int | None = None) -> Tensor:
     """`shard_kernels_torch.view_sums`. `num_splits` programs share a row; by default what fills a GPU."""
+    _check(views)
     dtype = statistics_dtype(views[0])
     num_rows = targets_N.numel()
     if shard.num_valid == 0 or num_rows == 0:
@@ -42,21 +44,22 @@ def view_sums(views: Sequence[Tensor], targets_N: Tensor, shard: Shard, *, num_s
     columns = triton.cdiv(triton.cdiv(shard.num_valid, num_splits), lanes) * lanes
     sums_RW4N = torch.empty(num_splits, len(views), 4, num_rows, dtype=dtype, device=targets_N.device)
     ranges_B2, num_ranges = _banned_ranges(shard, targets_N.device)
-    sums_kernel[(num_rows, num_splits)](
-        *_pointers_and_strides(views),
-        targets_N,
-        sums_RW4N,
-        ranges_B2,
-        num_rows,
-        columns,
-        shard.start,
-        shard.num_valid,
-        shard.inverse_temperature,
-        NUM_VIEWS=len(views),
-        NUM_RANGES=num_ranges,
-        LANES=lanes,
-        num_warps=4,
-    )
+    with torch.cuda.device_of(targets_N):
+        sums_kernel[(num_rows, num_splits)](
+            *_pointers_and_strides(views),
+            targets_N.contiguous(),
+            sums_RW4N,
+            ranges_B2,
+            sums_RW4N.new_full((1,), shard.inverse_temperature),
+            num_rows,
+            columns,
+            shard.start,
+            shard.num_valid,
+            NUM_VIEWS=len(views),
+            NUM_RANGES=num_ranges,
+            LANES=lanes,
+            num_warps=4,
+        )
     return merge(sums_RW4N, shard.inverse_temperature)
 
 
@@ -64,6 +67,7 @@ def view_gradients(
     views: Sequence[Tensor], targets_N: Tensor, given: Coefficients, shard: Shard, out: Sequence[Tensor | None]
 ) -> None:
     """`shard_kernels_torch.view_gradients`."""
+    _check(views)
     num_rows, width = views[0].shape
     if num_rows == 0 or width == 0:
         return
@@ -71,44 +75,52 @@ def view_gradients(
     wanted = [into is not None for into in out] + [False] * (MOST_VIEWS - len(views))
     places = [view if into is None else into for view, into in zip(views, out, strict=True)]
     absent = given.constant_N
-    gradients_kernel[(num_rows, triton.cdiv(width, BACKWARD_COLUMNS))](
-        *_pointers_and_strides(views),
-        *_pointers_and_strides(places),
-        targets_N,
-        given.maximum_WN.contiguous(),
-        given.constant_N.contiguous(),
-        absent if given.slope_N is None else given.slope_N.contiguous(),
-        absent if given.cross_KN is None else given.cross_KN.contiguous(),
-        given.own_KN.contiguous(),
-        given.target_WN.contiguous(),
-        ranges_B2,
-        num_rows,
-        width,
-        shard.start,
-        shard.num_valid,
-        shard.inverse_temperature,
-        NUM_VIEWS=len(views),
-        HAS_SLOPE=given.slope_N is not None,
-        HAS_CROSS=given.cross_KN is not None,
-        WANTS_0=wanted[0],
-        WANTS_1=wanted[1],
-        WANTS_2=wanted[2],
-        NUM_RANGES=num_ranges,
-        LANES=BACKWARD_COLUMNS,
-        num_warps=4,
-    )
+    with torch.cuda.device_of(targets_N):
+        gradients_kernel[(num_rows, triton.cdiv(width, BACKWARD_COLUMNS))](
+            *_pointers_and_strides(views),
+            *_pointers_and_strides(places),
+            targets_N.contiguous(),
+            given.maximum_WN.contiguous(),
+            given.constant_N.contiguous(),
+            absent if given.slope_N is None else given.slope_N.contiguous(),
+            absent if given.cross_KN is None else given.cross_KN.contiguous(),
+            given.own_KN.contiguous(),
+            given.target_WN.contiguous(),
+            ranges_B2,
+            given.constant_N.new_full((1,), shard.inverse_temperature),
+            num_rows,
+            width,
+            shard.start,
+            shard.num_valid,
+            NUM_VIEWS=len(views),
+            HAS_SLOPE=given.slope_N is not None,
+            HAS_CROSS=given.cross_KN is not None,
+            WANTS_0=wanted[0],
+            WANTS_1=wanted[1],
+            WANTS_2=wanted[2],
+            NUM_RANGES=num_ranges,
+            LANES=BACKWARD_COLUMNS,
+            num_warps=4,
+        )
+
+
+def _check(views: Sequence[Tensor]) -> None:
+    if len(views) > MOST_VIEWS:
+        raise ValueError(f"Triton's kernels take {MOST_VIEWS} views at most, got {len(views)}; use backend torch")
+    if any(view.stride(1) != 1 for view in views if view.numel()):
+        raise ValueError("Triton's kernels need the columns of a row next to each other; give contiguous logits")
 
 
 def _pointers_and_strides(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     """Three pointers, then three row strides; absent views repeat the first."""
-    assert 1 <= len(tensors) <= MOST_VIEWS, f"{len(tensors)} views, of at most {MOST_VIEWS}"
-    assert all(tensor.stride(1) == 1 for tensor in tensors), "the columns of a row must lie next to each other"
     three = [*tensors, *[tensors[0]] * (MOST_VIEWS - len(tensors))]
     return *three, *(tensor.stride(0) for tensor in three)
 
 
+@lru_cache(maxsize=4096)
 def _banned_ranges(shard: Shard, device: torch.device) -> tuple[Tensor, int]:
-    """Banned columns as [first, end) pairs: markers of images and videos are neighbours."""
+    """Banned columns as [first, end) pairs: markers of images and videos are neighbours. Kept, as a copy from the host
+    would have a GPU wait."""
     ranges: list[list[int]] = []
     for column in shard.banned:
         if ranges and ranges[-1][1] == column:

@@ -30,7 +30,9 @@ def _allowed(column, ok, RANGES, NUM_RANGES: tl.constexpr):
 def _meet(x, maximum, tail, inverse_temperature):
     """A lane meets a logit: (whether it is the new maximum, its distance from the old one, exp(−distance), and the
     lane's new maximum and tail)."""
-    distance = tl.minimum(tl.abs((x - maximum) * inverse_temperature), -FLOOR)
+    distance = tl.abs((x - maximum) * inverse_temperature)
+    # A logit that is no number must leave no number, which the default forgets.
+    distance = tl.minimum(distance, -FLOOR, propagate_nan=tl.PropagateNan.ALL)
     weight = tl.exp(-distance)
     wins = x > maximum
     return wins, distance, weight, tl.where(wins, x, maximum), tl.where(wins, weight * (tail + 1), tail + weight)
@@ -68,11 +70,11 @@ def sums_kernel(
     TARGETS,
     SUMS,
     RANGES,
+    INVERSE_TEMPERATURE,
     num_rows,
     columns,
     start,
     num_valid,
-    inverse_temperature,
     NUM_VIEWS: tl.constexpr,
     NUM_RANGES: tl.constexpr,
     LANES: tl.constexpr,
@@ -83,6 +85,7 @@ def sums_kernel(
     first = split * columns
     end = tl.minimum(first + columns, num_valid)
     dtype = SUMS.dtype.element_ty
+    inverse_temperature = tl.load(INVERSE_TEMPERATURE)
     lane = tl.arange(0, LANES)
     zeros = tl.zeros((LANES,), dtype)
     max_x, max_y, max_z = zeros + LOWEST, zeros + LOWEST, zeros + LOWEST
@@ -133,7 +136,7 @@ def sums_kernel(
 def _shifted(pointer, ok, maximum, inverse_temperature, dtype: tl.constexpr):
     """(x − maximum)/T of some columns; FLOOR where there is none."""
     x = tl.load(pointer, mask=ok, other=float("-inf")).to(dtype)
-    return tl.maximum((x - maximum) * inverse_temperature, FLOOR)
+    return tl.maximum((x - maximum) * inverse_temperature, FLOOR, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -158,11 +161,11 @@ def gradients_kernel(
     OWN,
     TARGET,
     RANGES,
+    INVERSE_TEMPERATURE,
     num_rows,
     width,
     start,
     num_valid,
-    inverse_temperature,
     NUM_VIEWS: tl.constexpr,
     HAS_SLOPE: tl.constexpr,
     HAS_CROSS: tl.constexpr,
@@ -178,6 +181,7 @@ def gradients_kernel(
     inside = column < width
     ok = _allowed(column, column < num_valid, RANGES, NUM_RANGES)
     dtype: tl.constexpr = MAXIMUM.dtype.element_ty
+    inverse_temperature = tl.load(INVERSE_TEMPERATURE)
     hit = (column == tl.load(TARGETS + row) - start) & ok
     z_p = _shifted(X + row * stride_x + column, ok, tl.load(MAXIMUM + row), inverse_temperature, dtype)
     exp_p = tl.exp(z_p)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -181,6 +182,12 @@ def coefficients(
         own_KN * scale_WN[1:],
         logp_grad_WN * inverse_temperature,
     )
+
+
+@lru_cache(maxsize=4096)
+def banned_columns(shard: Shard, device: torch.device) -> Tensor:
+    """`shard.banned` on a device; kept, as a copy from the host would have a GPU wait."""
+    return torch.tensor(shard.banned, device=device)
 
 
 def sums_of_no_columns(num_views: int, targets_N: Tensor, dtype: torch.dtype) -> Tensor:

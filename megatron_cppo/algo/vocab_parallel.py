@@ -26,6 +26,7 @@ R ranks.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -95,9 +96,16 @@ def token_statistics(
     `logits_NV` is this rank's shard, `targets_N` holds vocabulary ids. `overwrite_logits` as in `view_statistics`.
     Raises ValueError for an impossible `vocab_size` or `temperature`.
     """
-    shard = _shard(logits_NV.shape[1], group, vocab_size, temperature, banned_ids)
-    kernels = _chosen(KERNELS, backend)(logits_NV.device)
-    logp_1N, entropy_N, _ = _LogitStatistics.apply(targets_N, shard, group, kernels, overwrite_logits, logits_NV)
+    logp_1N, entropy_N, _ = view_statistics(
+        (logits_NV,),
+        targets_N,
+        group=group,
+        vocab_size=vocab_size,
+        temperature=temperature,
+        banned_ids=banned_ids,
+        backend=backend,
+        overwrite_logits=overwrite_logits,
+    )
     return logp_1N[0], entropy_N
 
 
@@ -148,9 +156,8 @@ def view_statistics(
     shapes = {view.shape for view in views}
     if len(shapes) != 1:
         raise ValueError(f"views of the same tokens have one shape, got {sorted(map(tuple, shapes))}")
-    places = [view.data_ptr() for view in views if view.numel()]
-    if overwrite_logits and len(set(places)) < len(places):
-        raise ValueError("overwrite_logits needs views that share no memory, got the same tensor twice; clone one")
+    if overwrite_logits:
+        _check_memory(views)
     shard = _shard(views[0].shape[1], group, vocab_size, temperature, banned_ids)
     kernels = _chosen(KERNELS, backend)(views[0].device)
     return ViewStatistics(*_LogitStatistics.apply(targets_N, shard, group, kernels, overwrite_logits, *views))
@@ -170,7 +177,8 @@ def linear_statistics(
     num_constant: int = 0,
     weight_total_VH: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`token_statistics` of the logits `hidden_NH @ weight_VHᵀ`, of which `chunk_bytes` exist at a time.
+    """`token_statistics` of the logits `hidden_NH @ weight_VHᵀ`, of which `chunk_bytes` exist at a time (at least
+    one row, with "fused" 512 columns).
 
     The hidden rows' gradient is this rank's part of it, the sum over its own vocabulary shard: the caller adds the
     parts up over `group`, as the backward of Megatron's copy and gather regions does. The weight's gradient is
@@ -178,6 +186,10 @@ def linear_statistics(
     last `num_constant` rows are constants: no gradient flows through them, and they cost nothing backward. The weight's
     banned rows must be finite; its padding may hold anything. Raises ValueError as `token_statistics` does.
     """
+    if not 0 <= num_constant <= len(hidden_NH):
+        raise ValueError(
+            f"num_constant {num_constant} of {len(hidden_NH)} rows; give how many of the last are constants"
+        )
     shard = _shard(weight_VH.shape[0], group, vocab_size, temperature, banned_ids)
     how = _Linear(shard, group, _chosen(BACKENDS, backend), chunk_bytes, num_constant, False, weight_total_VH)
     logp_1N, entropy_N, _ = _LinearStatistics.apply(weight_VH, targets_N, how, hidden_NH)
@@ -227,6 +239,19 @@ def linear_view_statistics(
     shard = _shard(weight_VH.shape[0], group, vocab_size, temperature, banned_ids)
     how = _Linear(shard, group, _chosen(BACKENDS, backend), chunk_bytes, 0, stop_gradient_views, weight_total_VH)
     return ViewStatistics(*_LinearStatistics.apply(weight_VH, targets_N, how, *hiddens))
+
+
+def _check_memory(views: Sequence[Tensor]) -> None:
+    """Raises ValueError where writing one element could change another."""
+    spans = sorted(
+        (view.data_ptr(), view.data_ptr() + ((len(view) - 1) * view.stride(0) + view.shape[1]) * view.element_size())
+        for view in views
+        if view.numel()
+    )
+    if any(start < end for (_, end), (start, _) in itertools.pairwise(spans)):
+        raise ValueError("overwrite_logits needs views that share no memory, got two that overlap; clone one")
+    if any(len(view) > 1 and view.stride(0) < view.shape[1] for view in views):
+        raise ValueError("overwrite_logits needs rows that share no memory, got an expanded tensor; clone it")
 
 
 def _shard(
@@ -300,11 +325,14 @@ class _LogitStatistics(torch.autograd.Function):
         targets_N, statistics_W4N, *views = ctx.saved_tensors
         ctx.overwritten = ctx.overwrite
         given = _coefficients(statistics_W4N, grad_outputs, ctx.shard)
+        plain = [view.detach() for view in views]
         out = [
-            None if not needed else view.detach() if ctx.overwrite else torch.empty_like(view)
-            for view, needed in zip(views, ctx.needs_input_grad[5:], strict=True)
+            None if not needed else view if ctx.overwrite else torch.empty_like(view)
+            for view, needed in zip(plain, ctx.needs_input_grad[5:], strict=True)
         ]
-        ctx.kernels.view_gradients([view.detach() for view in views], targets_N, given, ctx.shard, out)
+        ctx.kernels.view_gradients(plain, targets_N, given, ctx.shard, out)
+        if ctx.overwrite:  # kernels that torch knows nothing of do not say that they wrote
+            torch.autograd.graph.increment_version([view for view in out if view is not None])
         return *[None] * 5, *out
 
 

@@ -104,6 +104,7 @@ def build(
             config,
             DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
+                # The head's gradient never passes autograd (`policy/head.py`), which overlapping waits for.
                 overlap_grad_reduce=False,
                 use_distributed_optimizer=policy.distributed_optimizer,
             ),

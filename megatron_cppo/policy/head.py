@@ -102,7 +102,7 @@ class Head:
             hidden_NH = self._hidden(rows_N, num_constant)
             return self._statistics(hidden_NH, self.weight_VH, targets_N, num_constant=num_constant)
         share = self.share(rows_N)
-        num_constant = int((share.chosen_n >= len(rows_N) - num_constant).sum())
+        num_constant = int((share.rank_N[len(rows_N) - num_constant :] == self._context.rank()).sum())
         hidden_nH = self._hidden(share.local_n, num_constant)
         targets_n = targets_N[share.chosen_n]
         chosen = self._statistics(hidden_nH, self.weight_VH, targets_n, num_constant=num_constant)

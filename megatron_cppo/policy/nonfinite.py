@@ -25,7 +25,7 @@ from megatron_cppo.policy.attention import PackedAttention
 from megatron_cppo.policy.build import Trained
 from megatron_cppo.policy.model import VisionLanguageModel
 from megatron_cppo.policy.policy import Policy
-from megatron_cppo.types import Batch
+from megatron_cppo.types import VIEWS, Batch
 
 SHOWN_PARAMETERS = 4
 
@@ -228,7 +228,8 @@ def _row_finding(replica: int, number: int, row: Any, outcome: Any, batch: Batch
         values["entropies of the removing view"] = [outcome.entropy_removing_N[row.rows_removing_N >= 0]]
     bad = {name: sum(int((~part.isfinite()).sum()) for part in parts) for name, parts in values.items()}
     views: dict[tuple[int, int], list[str]] = {}
-    for key in row.images:
+    constant = {key for index, view in row.constants for key in batch.samples[index].prompt.images(view)}
+    for key in (*row.images, *sorted(constant, key=lambda key: (key.row, key.index, VIEWS.index(key.view)))):
         views.setdefault((key.row, key.index), []).append(key.view)
     return RowFinding(
         replica=replica,

@@ -326,7 +326,7 @@ def test_derived_numbers(good: Config) -> None:
     assert found.padded_vocab_size == 132  # 131 over 2
     assert (found.samples_per_step, found.prompts_per_update, found.num_updates) == (60, 4, 21)
     assert found.packing == plan.Packing(data_parallel=2, max_tokens=384, row_multiple=2)
-    assert (found.longest_sample_tokens, found.views_per_gated_sample) == (3 * (100 + 29 - 1), 3)
+    assert (found.longest_sample_tokens, found.views_in_one_row) == (3 * (100 + 29 - 1), 3)
     assert found.uses_reference
     assert found.scores_old_logp
     # Without sequence parallelism no row is padded, and one update a step is on-policy.
@@ -334,7 +334,7 @@ def test_derived_numbers(good: Config) -> None:
     assert (plain.packing.row_multiple, plain.scores_old_logp, plain.prompts_per_update) == (1, False, 12)
     assert not plan.resolve(changed(good, algorithm__beta=0.0)).uses_reference
     grpo = plan.resolve(changed(good, algorithm__objective="grpo"))
-    assert (grpo.longest_sample_tokens, grpo.views_per_gated_sample, grpo.uses_reference) == (128, 1, True)
+    assert (grpo.longest_sample_tokens, grpo.views_in_one_row, grpo.uses_reference) == (128, 1, True)
     supervised = plan.resolve(changed(good, algorithm__objective="supervised"))
     assert (supervised.samples_per_step, supervised.longest_sample_tokens) == (12, 128)
     assert (supervised.uses_reference, supervised.scores_old_logp) == (False, False)

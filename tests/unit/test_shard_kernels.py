@@ -213,6 +213,24 @@ def test_entropies_of_a_millionth_of_a_nat_keep_five_digits(kind: str) -> None:
     torch.testing.assert_close(entropy.double(), expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("kind", [*KERNELS, pytest.param("compiled", marks=needs_compiler)])
+def test_what_is_no_number_leaves_none_in_its_row_alone(kind: str) -> None:
+    """Or an update that must be skipped would be applied."""
+    kernels = (KERNELS | {"compiled": compiled_kernels})[kind]()
+    views = [torch.randn(3, 40) for _ in range(2)]
+    views[1][1, 7] = torch.nan
+    shard = Shard.of_rank(0, world_size=1, width=40, vocab_size=40, temperature=0.5, banned_ids=())
+    targets = torch.tensor([1, 2, 3])
+    given = finish(kernels.view_sums(views, targets, shard), 2.0)
+    assert given[1, 2:, 1].isnan().all()
+    assert given[:, :, [0, 2]].isfinite().all()
+    ones = torch.ones(2, 3)
+    out = [torch.empty_like(view) for view in views]
+    kernels.view_gradients(views, targets, coefficients(given, ones, ones[0], ones[:1], 2.0), shard, out)
+    assert out[1][1].isnan().any()
+    assert all(gradient[[0, 2]].isfinite().all() for gradient in out)
+
+
 @pytest.mark.parametrize("kind", KERNELS)
 def test_logits_of_minus_infinity_and_ties_at_the_maximum(kind: str) -> None:
     logits = torch.tensor([[2.0, -torch.inf, 2.0, 0.0], [-torch.inf, -torch.inf, -5.0, -torch.inf]])
@@ -226,6 +244,18 @@ def test_logits_of_minus_infinity_and_ties_at_the_maximum(kind: str) -> None:
     kernels.view_gradients([logits], targets, coefficients(given, ones, ones[0], None, 2.0), shard, [logits])
     assert logits.isfinite().all()
     assert (logits[1] == 0).all()
+
+
+def test_targets_of_any_stride_and_refused_views() -> None:
+    views, targets = views_of(1, scale=1.0, distance=1.0)
+    ((shard, part),) = cut(views, 1)
+    strided = torch.stack([targets, targets.flip(0)], 1)[:, 0]
+    one, other = (KERNELS[kind]().view_sums(part, strided, shard) for kind in KERNELS)
+    torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="3 views at most, got 4; use backend torch"):
+        shard_kernels_triton.view_sums(part * 4, targets, shard)
+    with pytest.raises(ValueError, match="give contiguous logits"):
+        shard_kernels_triton.view_sums([part[0].t().contiguous().t()], targets, shard)
 
 
 def test_kinds_agree_in_float32_to_rounding() -> None:
@@ -267,7 +297,7 @@ def compiled(kernel, types, constants):
 for logits in ("*bf16", "*fp32"):
     for views in (1, 2, 3):
         common = dict.fromkeys(("X", "Y", "Z"), logits) | {
-            "TARGETS": "*i64", "RANGES": "*i64", "inverse_temperature": "fp32"}
+            "TARGETS": "*i64", "RANGES": "*i64", "INVERSE_TEMPERATURE": "*fp32"}
         sums = compiled(jit.sums_kernel, common | {"SUMS": "*fp32"},
             {"NUM_VIEWS": views, "NUM_RANGES": 1, "LANES": kernels.FORWARD_COLUMNS[views]})
         rows = dict.fromkeys(("MAXIMUM", "CONSTANT", "SLOPE", "CROSS", "OWN", "TARGET"), "*fp32")
@@ -276,12 +306,16 @@ for logits in ("*bf16", "*fp32"):
             {"NUM_VIEWS": views, "HAS_SLOPE": True, "HAS_CROSS": views > 1, "WANTS_0": True, "WANTS_1": views > 1,
              "WANTS_2": views > 2, "NUM_RANGES": 1, "LANES": kernels.BACKWARD_COLUMNS})
         for name, binary in (("sums", sums), ("gradients", gradients)):
-            print(name, logits, views, len(binary.asm["cubin"]), "st.local" in binary.asm["ptx"])
+            nan = ("min" if name == "sums" else "max") + ".NaN.f32" in binary.asm["ptx"]
+            print(name, logits, views, nan, len(binary.asm["cubin"]), "st.local" in binary.asm["ptx"])
 """
 
 
 def test_the_kernels_compile_for_an_h100_without_spilling_registers() -> None:
-    """Compiled to machine code for sm_90 by the assembler that Triton brings; no GPU is needed for that."""
+    """Compiled to machine code for sm_90 by the assembler that Triton brings; no GPU is needed for that.
+
+    The code must pass on what is no number, by min.NaN and max.NaN: the interpreter does so in any case.
+    """
     environment = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "PYTHONPATH": ":".join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, timeout=300, check=False
@@ -290,3 +324,4 @@ def test_the_kernels_compile_for_an_h100_without_spilling_registers() -> None:
     lines = [line.split() for line in done.stdout.splitlines()]
     assert len(lines) == 12
     assert all(int(size) > 1000 and spills == "False" for *_, size, spills in lines), done.stdout
+    assert all(nan == "True" for _, _, _, nan, _, _ in lines), done.stdout

@@ -6,6 +6,7 @@ Shapes: N rows, V columns, H hidden size, R shards.
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -375,6 +376,20 @@ class TestOverwrittenLogits:
             assert other.grad.data_ptr() == other.data_ptr()
             assert one.grad.data_ptr() != one.data_ptr()
 
+    @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler")
+    def test_compiled_code_overwrites_too(self) -> None:
+        torch._dynamo.reset()  # nothing of another test's that happens to fit
+        views = [torch.randn(4, VOCAB_SIZE, requires_grad=True) for _ in range(2)]
+        copies = [view.detach().clone().requires_grad_() for view in views]
+        targets = sampleable_targets(4)
+        for leaves, backend in ((copies, "torch"), (views, "compiled")):
+            given = view_statistics(leaves, targets, backend=backend, overwrite_logits=True, **self.options)
+            backward([*given.logp_WN, given.entropy_N, *given.kl_KN])
+        for one, other in zip(views, copies, strict=True):
+            assert one.grad is not None
+            assert one.grad.data_ptr() == one.data_ptr()
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-6)
+
     def test_a_second_backward_is_refused_and_said_why(self) -> None:
         logits = torch.randn(2, VOCAB_SIZE, requires_grad=True)
         logp, _ = token_statistics(logits, torch.tensor([0, 1]), overwrite_logits=True, **self.options)
@@ -382,9 +397,11 @@ class TestOverwrittenLogits:
         with pytest.raises(RuntimeError, match="gradient over the logits; pass overwrite_logits=False to keep them"):
             logp.sum().backward()
 
-    def test_another_reader_of_the_logits_hears_of_it(self) -> None:
+    @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
+    def test_another_reader_of_the_logits_hears_of_it(self, backend: str) -> None:
         logits = torch.randn(2, VOCAB_SIZE, requires_grad=True)
-        logp, _ = token_statistics(logits, torch.tensor([0, 1]), overwrite_logits=True, **self.options)
+        options = self.options | {"backend": backend, "overwrite_logits": True}
+        logp, _ = token_statistics(logits, torch.tensor([0, 1]), **options)
         other = logits.square().sum()
         logp.sum().backward()
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -392,8 +409,12 @@ class TestOverwrittenLogits:
 
     def test_one_tensor_cannot_hold_two_gradients(self) -> None:
         logits = torch.randn(2, VOCAB_SIZE, requires_grad=True)
-        with pytest.raises(ValueError, match="share no memory, got the same tensor twice; clone one"):
-            view_statistics((logits, logits), torch.tensor([0, 1]), overwrite_logits=True, **self.options)
+        both = torch.randn(3, VOCAB_SIZE)
+        for views in ((logits, logits), (both[:2], both[1:])):
+            with pytest.raises(ValueError, match="share no memory, got two that overlap; clone one"):
+                view_statistics(views, torch.tensor([0, 1]), overwrite_logits=True, **self.options)
+        with pytest.raises(ValueError, match="got an expanded tensor; clone it"):
+            token_statistics(both[:1].expand(2, -1), torch.tensor([0, 1]), overwrite_logits=True, **self.options)
 
 
 class LargestTensor(TorchDispatchMode):
