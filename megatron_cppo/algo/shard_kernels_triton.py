@@ -12,6 +12,7 @@ Shapes: N rows (tokens), W views of each (at most three), V columns (valid, then
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -23,7 +24,9 @@ from torch import Tensor
 from megatron_cppo.algo.shard_kernels_triton_jit import gradients_kernel, sums_kernel
 from megatron_cppo.algo.shard_statistics import Coefficients, Shard, merge, statistics_dtype, sums_of_no_columns
 
-# Lanes of a forward program, by the number of views (each keeps its sums in registers), and of a backward program.
+# Neighbours that a lane of the forward meets at once: one load of 16 bytes in bfloat16, one rescaling of its sums.
+EACH = 8
+# Columns that a program meets at once: forward by the number of views, whose sums are kept in registers, and backward.
 FORWARD_COLUMNS = {1: 2048, 2: 1024, 3: 1024}
 BACKWARD_COLUMNS = 1024
 # As many programs keep a large GPU busy; with fewer rows, several share a row.
@@ -50,14 +53,15 @@ def view_sums(views: Sequence[Tensor], targets_N: Tensor, shard: Shard, *, num_s
             targets_N.contiguous(),
             sums_RW4N,
             ranges_B2,
-            sums_RW4N.new_full((1,), shard.inverse_temperature),
+            _scales(shard.inverse_temperature, dtype, targets_N.device),
             num_rows,
             columns,
             shard.start,
             shard.num_valid,
             NUM_VIEWS=len(views),
             NUM_RANGES=num_ranges,
-            LANES=lanes,
+            LANES=lanes // EACH,
+            EACH=EACH,
             num_warps=4,
         )
     return merge(sums_RW4N, shard.inverse_temperature)
@@ -87,7 +91,7 @@ def view_gradients(
             given.own_KN.contiguous(),
             given.target_WN.contiguous(),
             ranges_B2,
-            given.constant_N.new_full((1,), shard.inverse_temperature),
+            _scales(shard.inverse_temperature, given.constant_N.dtype, targets_N.device),
             num_rows,
             width,
             shard.start,
@@ -117,6 +121,12 @@ def _pointers_and_strides(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     return *three, *(tensor.stride(0) for tensor in three)
 
 
+@lru_cache
+def _scales(inverse_temperature: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """log2(e)/T and log(2), in the precision of the sums: a number that is passed is float32."""
+    return torch.tensor([inverse_temperature / math.log(2), math.log(2)], dtype=dtype, device=device)
+
+
 @lru_cache(maxsize=4096)
 def _banned_ranges(shard: Shard, device: torch.device) -> tuple[Tensor, int]:
     """Banned columns as [first, end) pairs: markers of images and videos are neighbours. Kept, as a copy from the host
@@ -127,4 +137,4 @@ def _banned_ranges(shard: Shard, device: torch.device) -> tuple[Tensor, int]:
             ranges[-1][1] += 1
         else:
             ranges.append([column, column + 1])
-    return torch.tensor(ranges or [[0, 0]], dtype=torch.int64, device=device), len(ranges)
+    return torch.tensor(ranges or [[0, 0]], dtype=torch.int32, device=device), len(ranges)

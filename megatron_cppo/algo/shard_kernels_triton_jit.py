@@ -27,36 +27,54 @@ def _allowed(column, ok, RANGES, NUM_RANGES: tl.constexpr):
 
 
 @triton.jit
-def _meet(x, maximum, tail, inverse_temperature):
-    """A lane meets a logit: (whether it is the new maximum, its distance from the old one, exp(−distance), and the
-    lane's new maximum and tail)."""
-    distance = tl.abs((x - maximum) * inverse_temperature)
+def _has_banned(begin, end, RANGES, NUM_RANGES: tl.constexpr):
+    """Whether any of the columns [begin, end) is banned; a number, so that most tiles need no mask for it."""
+    found = begin < begin
+    for number in tl.static_range(NUM_RANGES):
+        found = found | ((tl.load(RANGES + 2 * number) < end) & (tl.load(RANGES + 2 * number + 1) > begin))
+    return found
+
+
+@triton.jit
+def _load(pointer, column, end, is_masked, RANGES, NUM_RANGES: tl.constexpr, dtype: tl.constexpr):
+    """Logits in `dtype`; −∞ from `end` on, and where they are banned."""
+    x = tl.load(pointer + column, mask=column < end, other=float("-inf")).to(dtype)
+    if is_masked:
+        x = tl.where(_allowed(column, column < end, RANGES, NUM_RANGES), x, float("-inf"))
+    return x
+
+
+@triton.jit
+def _meet(x, maximum, tail, ties, scale):
+    """A lane meets some logits: its new (maximum, tail, ties), z and exp(z) of the logits [lanes, n], and by how much
+    its old maximum is below the new one, and exp of that.
+
+    `ties` counts the logits that are as high as the maximum, itself among them; the tail has none of them. z and the
+    gap are in units of log 2 (`scale` is log2(e)/T), which saves a product for each logit.
+    """
+    higher = tl.maximum(maximum, tl.max(x, 1))
+    gap = tl.maximum((maximum - higher) * scale, FLOOR)
+    weight = tl.exp2(gap)
     # A logit that is no number must leave no number, which the default forgets.
-    distance = tl.minimum(distance, -FLOOR, propagate_nan=tl.PropagateNan.ALL)
-    weight = tl.exp(-distance)
-    wins = x > maximum
-    return wins, distance, weight, tl.where(wins, x, maximum), tl.where(wins, weight * (tail + 1), tail + weight)
+    z = tl.maximum((x - higher[:, None]) * scale, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    exp = tl.exp2(z)
+    is_new = higher > maximum
+    tail = tl.where(is_new, weight * (tail + ties), tail) + tl.sum(tl.where(z == 0, 0.0, exp), 1)
+    ties = tl.where(is_new, 0.0, ties) + tl.sum(tl.where(z == 0, 1.0, 0.0), 1)
+    return higher, tail, ties, z, exp, gap, weight
 
 
 @triton.jit
-def _meet_cross(cross, wins_p, distance_p, weight_p, total_p, wins, distance):
-    """A lane's cross sum after it met a logit of p and one of q."""
-    old_gap = tl.where(wins, distance, 0.0) - tl.where(wins_p, distance_p, 0.0)
-    new_gap = tl.where(wins, 0.0, distance) - tl.where(wins_p, 0.0, distance_p)
-    old = tl.where(wins_p, weight_p, 1.0) * (cross + old_gap * total_p)
-    return old + tl.where(wins_p, 1.0, weight_p) * new_gap
-
-
-@triton.jit
-def _merge_tails(maximum, tail, lane, inverse_temperature, LANES: tl.constexpr):
+def _merge_tails(maximum, tail, ties, scale):
     """The lanes' (maximum, gap below it, exp(gap), total) and the tail of all."""
     highest = tl.max(maximum, 0)
-    winner = tl.min(tl.where(maximum == highest, lane, LANES), 0)
-    gap = tl.maximum((maximum - highest) * inverse_temperature, FLOOR)
-    weight = tl.exp(gap)
-    peak = tl.where(maximum > LOWEST, 1.0, 0.0).to(tail.dtype)
-    others = tail + tl.where(lane == winner, 0.0, peak)
-    return highest, gap, weight, tail + peak, tl.sum(weight * others, 0)
+    gap = tl.maximum((maximum - highest) * scale, FLOOR)
+    weight = tl.exp2(gap)
+    is_highest = maximum == highest
+    # Where nothing may be sampled there are no ties either.
+    others = tl.maximum(tl.sum(tl.where(is_highest, ties, 0.0), 0) - 1, 0.0)
+    total = tail + ties
+    return highest, gap, weight, total, tl.sum(weight * tl.where(is_highest, tail, total), 0) + others
 
 
 @triton.jit
@@ -70,7 +88,7 @@ def sums_kernel(
     TARGETS,
     SUMS,
     RANGES,
-    INVERSE_TEMPERATURE,
+    SCALES,
     num_rows,
     columns,
     start,
@@ -78,65 +96,74 @@ def sums_kernel(
     NUM_VIEWS: tl.constexpr,
     NUM_RANGES: tl.constexpr,
     LANES: tl.constexpr,
+    EACH: tl.constexpr,
 ):
-    """The sums of columns [split · columns, …) of one row."""
+    """The sums of columns [split · columns, …) of one row; a lane meets `EACH` neighbours at a time.
+
+    `SCALES` holds log2(e)/T and log(2).
+    """
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     first = split * columns
     end = tl.minimum(first + columns, num_valid)
     dtype = SUMS.dtype.element_ty
-    inverse_temperature = tl.load(INVERSE_TEMPERATURE)
-    lane = tl.arange(0, LANES)
+    scale = tl.load(SCALES)
+    log_2 = tl.load(SCALES + 1)
+    place = tl.arange(0, LANES)[:, None] * EACH + tl.arange(0, EACH)[None, :]
+    X += row * stride_x
+    Y += row * stride_y
+    Z += row * stride_z
     zeros = tl.zeros((LANES,), dtype)
     max_x, max_y, max_z = zeros + LOWEST, zeros + LOWEST, zeros + LOWEST
     tail_x, tail_y, tail_z = zeros, zeros, zeros
+    ties_x, ties_y, ties_z = zeros, zeros, zeros
     slope, cross_y, cross_z = zeros, zeros, zeros
-    for begin in range(first, end, LANES):
-        column = begin + lane
-        ok = _allowed(column, column < end, RANGES, NUM_RANGES)
-        x = tl.load(X + row * stride_x + column, mask=ok, other=float("-inf")).to(dtype)
-        total = tail_x + 1
-        wins, distance, weight, max_x, tail_x = _meet(x, max_x, tail_x, inverse_temperature)
-        slope = tl.where(wins, weight * (slope - distance * total), slope - distance * weight)
+    for begin in range(first, end, LANES * EACH):
+        column = begin + place
+        is_masked = _has_banned(begin, begin + LANES * EACH, RANGES, NUM_RANGES)
+        total = tail_x + ties_x
+        x = _load(X, column, end, is_masked, RANGES, NUM_RANGES, dtype)
+        max_x, tail_x, ties_x, z_x, exp, gap, weight = _meet(x, max_x, tail_x, ties_x, scale)
+        slope = weight * (slope + gap * total) + tl.sum(exp * z_x, 1)
         if NUM_VIEWS > 1:
-            y = tl.load(Y + row * stride_y + column, mask=ok, other=float("-inf")).to(dtype)
-            wins_y, distance_y, _, max_y, tail_y = _meet(y, max_y, tail_y, inverse_temperature)
-            cross_y = _meet_cross(cross_y, wins, distance, weight, total, wins_y, distance_y)
+            y = _load(Y, column, end, is_masked, RANGES, NUM_RANGES, dtype)
+            max_y, tail_y, ties_y, z_y, _, gap_y, _ = _meet(y, max_y, tail_y, ties_y, scale)
+            cross_y = weight * (cross_y + (gap - gap_y) * total) + tl.sum(exp * (z_x - z_y), 1)
         if NUM_VIEWS > 2:
-            z = tl.load(Z + row * stride_z + column, mask=ok, other=float("-inf")).to(dtype)
-            wins_z, distance_z, _, max_z, tail_z = _meet(z, max_z, tail_z, inverse_temperature)
-            cross_z = _meet_cross(cross_z, wins, distance, weight, total, wins_z, distance_z)
+            z = _load(Z, column, end, is_masked, RANGES, NUM_RANGES, dtype)
+            max_z, tail_z, ties_z, z_z, _, gap_z, _ = _meet(z, max_z, tail_z, ties_z, scale)
+            cross_z = weight * (cross_z + (gap - gap_z) * total) + tl.sum(exp * (z_x - z_z), 1)
 
     target = tl.load(TARGETS + row) - start
     owned = _allowed(target, (target >= first) & (target < end), RANGES, NUM_RANGES)
     target = tl.where(owned, target, 0)
     out = SUMS + split.to(tl.int64) * NUM_VIEWS * 4 * num_rows + row
-    highest, gap, weight, total, tail = _merge_tails(max_x, tail_x, lane, inverse_temperature, LANES)
+    highest, gap, weight, total, tail = _merge_tails(max_x, tail_x, ties_x, scale)
     tl.store(out, highest)
     tl.store(out + num_rows, tail)
-    tl.store(out + 2 * num_rows, tl.sum(weight * (slope + gap * total), 0))
-    tl.store(out + 3 * num_rows, tl.load(X + row * stride_x + target, mask=owned, other=float("-inf")).to(dtype))
+    tl.store(out + 2 * num_rows, log_2 * tl.sum(weight * (slope + gap * total), 0))
+    tl.store(out + 3 * num_rows, tl.load(X + target, mask=owned, other=float("-inf")).to(dtype))
     if NUM_VIEWS > 1:
         out += 4 * num_rows
-        highest_y, gap_y, _, _, tail_of_y = _merge_tails(max_y, tail_y, lane, inverse_temperature, LANES)
+        highest_y, gap_y, _, _, tail_of_y = _merge_tails(max_y, tail_y, ties_y, scale)
         tl.store(out, highest_y)
         tl.store(out + num_rows, tail_of_y)
-        tl.store(out + 2 * num_rows, tl.sum(weight * (cross_y + (gap - gap_y) * total), 0))
-        tl.store(out + 3 * num_rows, tl.load(Y + row * stride_y + target, mask=owned, other=float("-inf")).to(dtype))
+        tl.store(out + 2 * num_rows, log_2 * tl.sum(weight * (cross_y + (gap - gap_y) * total), 0))
+        tl.store(out + 3 * num_rows, tl.load(Y + target, mask=owned, other=float("-inf")).to(dtype))
     if NUM_VIEWS > 2:
         out += 4 * num_rows
-        highest_z, gap_z, _, _, tail_of_z = _merge_tails(max_z, tail_z, lane, inverse_temperature, LANES)
+        highest_z, gap_z, _, _, tail_of_z = _merge_tails(max_z, tail_z, ties_z, scale)
         tl.store(out, highest_z)
         tl.store(out + num_rows, tail_of_z)
-        tl.store(out + 2 * num_rows, tl.sum(weight * (cross_z + (gap - gap_z) * total), 0))
-        tl.store(out + 3 * num_rows, tl.load(Z + row * stride_z + target, mask=owned, other=float("-inf")).to(dtype))
+        tl.store(out + 2 * num_rows, log_2 * tl.sum(weight * (cross_z + (gap - gap_z) * total), 0))
+        tl.store(out + 3 * num_rows, tl.load(Z + target, mask=owned, other=float("-inf")).to(dtype))
 
 
 @triton.jit
-def _shifted(pointer, ok, maximum, inverse_temperature, dtype: tl.constexpr):
-    """(x − maximum)/T of some columns; FLOOR where there is none."""
+def _shifted(pointer, ok, maximum, scale, dtype: tl.constexpr):
+    """(x − maximum)/T of some columns in units of log 2; FLOOR where there is none."""
     x = tl.load(pointer, mask=ok, other=float("-inf")).to(dtype)
-    return tl.maximum((x - maximum) * inverse_temperature, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum((x - maximum) * scale, FLOOR, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -161,7 +188,7 @@ def gradients_kernel(
     OWN,
     TARGET,
     RANGES,
-    INVERSE_TEMPERATURE,
+    SCALES,
     num_rows,
     width,
     start,
@@ -175,38 +202,41 @@ def gradients_kernel(
     NUM_RANGES: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """The gradients of some columns of one row, see `shard_statistics.Coefficients`."""
+    """The gradients of some columns of one row, see `shard_statistics.Coefficients`; `SCALES` as of `sums_kernel`."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * LANES + tl.arange(0, LANES)
     inside = column < width
-    ok = _allowed(column, column < num_valid, RANGES, NUM_RANGES)
+    ok = column < num_valid
+    if _has_banned(tl.program_id(1) * LANES, (tl.program_id(1) + 1) * LANES, RANGES, NUM_RANGES):
+        ok = _allowed(column, ok, RANGES, NUM_RANGES)
     dtype: tl.constexpr = MAXIMUM.dtype.element_ty
-    inverse_temperature = tl.load(INVERSE_TEMPERATURE)
+    scale = tl.load(SCALES)
+    log_2 = tl.load(SCALES + 1)
     hit = (column == tl.load(TARGETS + row) - start) & ok
-    z_p = _shifted(X + row * stride_x + column, ok, tl.load(MAXIMUM + row), inverse_temperature, dtype)
-    exp_p = tl.exp(z_p)
+    z_p = _shifted(X + row * stride_x + column, ok, tl.load(MAXIMUM + row), scale, dtype)
+    exp_p = tl.exp2(z_p)
     factor = tl.load(CONSTANT + row) + tl.zeros((LANES,), dtype)
     if HAS_SLOPE:
-        factor += tl.load(SLOPE + row) * z_p
+        factor += log_2 * tl.load(SLOPE + row) * z_p
     if NUM_VIEWS > 1:
         maximum = tl.load(MAXIMUM + num_rows + row)
-        z_q = _shifted(Y + row * stride_y + column, ok, maximum, inverse_temperature, dtype)
-        gradient = tl.load(OWN + row) * tl.exp(z_q) + tl.where(hit, tl.load(TARGET + num_rows + row), 0.0)
+        z_q = _shifted(Y + row * stride_y + column, ok, maximum, scale, dtype)
+        gradient = tl.load(OWN + row) * tl.exp2(z_q) + tl.where(hit, tl.load(TARGET + num_rows + row), 0.0)
         if HAS_CROSS:
             cross = tl.load(CROSS + row)
-            factor += cross * (z_p - z_q)
+            factor += log_2 * cross * (z_p - z_q)
             gradient -= cross * exp_p
         if WANTS_1:
             place = OUT_Y + row * stride_out_y + column
             tl.store(place, tl.where(ok, gradient, 0.0).to(OUT_Y.dtype.element_ty), mask=inside)
     if NUM_VIEWS > 2:
         maximum = tl.load(MAXIMUM + 2 * num_rows + row)
-        z_q = _shifted(Z + row * stride_z + column, ok, maximum, inverse_temperature, dtype)
-        gradient = tl.load(OWN + num_rows + row) * tl.exp(z_q)
+        z_q = _shifted(Z + row * stride_z + column, ok, maximum, scale, dtype)
+        gradient = tl.load(OWN + num_rows + row) * tl.exp2(z_q)
         gradient += tl.where(hit, tl.load(TARGET + 2 * num_rows + row), 0.0)
         if HAS_CROSS:
             cross = tl.load(CROSS + num_rows + row)
-            factor += cross * (z_p - z_q)
+            factor += log_2 * cross * (z_p - z_q)
             gradient -= cross * exp_p
         if WANTS_2:
             place = OUT_Z + row * stride_out_z + column
