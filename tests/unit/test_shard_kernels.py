@@ -332,7 +332,8 @@ for logits in ("*bf16", "*fp32"):
         for name, binary in (("sums", sums), ("gradients", gradients)):
             nan = "max.NaN.f32" in binary.asm["ptx"]
             each = views * (kernels.FORWARD_COLUMNS[views] if name == "sums" else kernels.BACKWARD_COLUMNS) / 128
-            print(name, logits, views, longest_loop(binary) / each, nan, len(binary.asm["cubin"]), "st.local" in binary.asm["ptx"])
+            spills = "st.local" in binary.asm["ptx"]
+            print(name, logits, views, longest_loop(binary) / each, nan, len(binary.asm["cubin"]), spills)
 """
 
 
