@@ -2,9 +2,9 @@
 # pyrefly: ignore-errors
 """The two Triton kernels of `shard_kernels_triton`, and the algebra of `shard_statistics` in Triton's language.
 
-Forward: every lane of a program is a part whose sums grow online, column after column; the lanes are merged at the end,
-and programs that share a row by the caller. Backward: every lane is one logit, so that its gradient may be written over
-it.
+Forward: every lane of a program is a part whose sums grow online, a few neighbouring columns at a time (one load, one
+rescaling); the lanes are merged at the end, and programs that share a row by the caller. Backward: every lane is one
+logit, so that its gradient may be written over it.
 """
 
 import triton
@@ -29,7 +29,7 @@ def _allowed(column, ok, RANGES, NUM_RANGES: tl.constexpr):
 @triton.jit
 def _has_banned(begin, end, RANGES, NUM_RANGES: tl.constexpr):
     """Whether any of the columns [begin, end) is banned; a number, so that most tiles need no mask for it."""
-    found = begin < begin
+    found = begin < begin  # no
     for number in tl.static_range(NUM_RANGES):
         found = found | ((tl.load(RANGES + 2 * number) < end) & (tl.load(RANGES + 2 * number + 1) > begin))
     return found

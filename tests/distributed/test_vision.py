@@ -63,7 +63,11 @@ def run(layout: str, case: str, folder: str, world_size: int) -> Found:
     from megatron_cppo.policy import groups as process_groups
     from megatron_cppo.policy.policy import Policy
 
-    fields = LAYOUTS[layout].fields() | {"model__train_vision": case != FROZEN, "optimizer__learning_rate": 0.0}
+    fields = LAYOUTS[layout].fields() | {
+        "model__train_vision": case != FROZEN,
+        "optimizer__learning_rate": 0.0,
+        "perception__temperature": 1.0,  # at the published 0.1 the loss is ten times as sensitive to rounding
+    }
     config = tiny_model.make_config(folder, world_size, **fields)
     plan = tiny_model.make_plan(config)
     policy = Policy(config, plan, pixels=tiny_model.pixels, banned_ids=tiny_model.BANNED)

@@ -175,7 +175,7 @@ def _forward_backward(chunk: Any, row: MicroBatch) -> None:
     with unset_fake_temporarily():
         rows, targets = torch.cat([row.rows_original_N, row.rows_removing_N]), row.targets_N.repeat(2)
     logp_N, entropy_N = head.statistics(rows, targets)
-    kl_N = head.divergence(row.rows_original_N, row.rows_preserving_N, stop_gradient_other=False)
+    (kl_N,) = head.divergences(row.rows_original_N, [row.rows_preserving_N], constant_others=False)
     (logp_N.sum() + entropy_N.sum() + kl_N.sum()).backward()
 
 

@@ -206,7 +206,8 @@ def test_rows_that_only_a_tight_packing_holds_are_found() -> None:
 def test_the_drawn_steps_cover_what_matters() -> None:
     seen: Counter[str] = Counter()
 
-    @checked
+    # More than are checked: what is drawn depends on the constants of all modules that are imported by then.
+    @settings(checked, max_examples=1000)
     @given(steps())
     def look(step: Step) -> None:
         planned = step.plan()
