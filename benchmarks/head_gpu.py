@@ -6,7 +6,8 @@
 The floor of the forward is one read of the logits, of the backward one read and one write, of a column tile or a whole
 row alike; what is measured is divided by the speed of a device-to-device copy of the same size, measured in the same
 run. Tensor-parallel shards are emulated one after the other: their sums are merged as ranks' are, only the all-gather
-of a few floats a row is missing. The fused head is set against its matrix products alone.
+of a few floats a row is missing. The fused head is set against its matrix products alone. The last table runs one rank
+on each GPU that is there (NCCL) and sets the head against others.
 
 Every number is checked first: statistics and gradients of some rows against float64.
 """
@@ -23,6 +24,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from benchmarks import head_gpu_ranks
 from megatron_cppo.algo.kernels import triton_kernels
 from megatron_cppo.algo.shard_statistics import Shard, coefficients, finish, merge
 from megatron_cppo.algo.vocab_parallel import linear_statistics
@@ -205,6 +207,10 @@ def main(arguments: list[str]) -> int:
     table(
         "rows | hidden | fused head ms | its products ms | ratio | peak u",
         [measure_fused(rows, size, given.vocabulary, device) for rows in (masked, given.rows)],
+    )
+    table(
+        head_gpu_ranks.HEADER,
+        head_gpu_ranks.measured(given.rows, given.vocabulary, milliseconds, interpret=given.interpret),
     )
     print("peak u: memory beside inputs and the weight's gradient, in float32 buffers [rows, vocabulary]")
     return int(not given.interpret and any(line[-1] == "missed" for line in lines))
