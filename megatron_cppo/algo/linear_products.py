@@ -8,7 +8,7 @@ Shapes: N rows (tokens), H hidden size, C columns (of the weight, all of them or
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -31,7 +31,23 @@ def project(hidden_NH: Tensor, head_CH: Tensor) -> Tensor:
     return logits_NC
 
 
-def add_hidden_gradient_(total_NH: Tensor, gradient_NC: Tensor, head_CH: Tensor) -> None:
+def add_gradients_(
+    totals: Sequence[Tensor | None],
+    weight_total_CH: Tensor | None,
+    gradients: Sequence[Tensor | None],
+    hiddens: Sequence[Tensor],
+    head_CH: Tensor,
+) -> None:
+    """Every view's gradient in its logits, back to its hidden rows and to the weight; None is what nobody asked for."""
+    for total_NH, gradient_NC, hidden_NH in zip(totals, gradients, hiddens, strict=True):
+        if total_NH is None or gradient_NC is None:
+            continue
+        _add_hidden_gradient_(total_NH, gradient_NC, head_CH)
+        if weight_total_CH is not None:
+            _add_weight_gradient_(weight_total_CH, gradient_NC, hidden_NH)
+
+
+def _add_hidden_gradient_(total_NH: Tensor, gradient_NC: Tensor, head_CH: Tensor) -> None:
     """total += gradient @ head, in the total's precision."""
     if head_CH.is_cuda or head_CH.dtype == total_NH.dtype:
         total_NH += _product(gradient_NC, head_CH, total_NH.dtype)
@@ -40,7 +56,7 @@ def add_hidden_gradient_(total_NH: Tensor, gradient_NC: Tensor, head_CH: Tensor)
         total_NH.addmm_(gradient_NC[:, tile], head_CH[tile].to(total_NH.dtype))
 
 
-def add_weight_gradient_(total_CH: Tensor, gradient_NC: Tensor, hidden_NH: Tensor) -> None:
+def _add_weight_gradient_(total_CH: Tensor, gradient_NC: Tensor, hidden_NH: Tensor) -> None:
     """total += gradientᵀ @ hidden, in the total's precision."""
     if hidden_NH.is_cuda:
         total_CH += _product(gradient_NC.t(), hidden_NH, total_CH.dtype)

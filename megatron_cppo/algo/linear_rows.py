@@ -49,12 +49,13 @@ def gradients(
         logits = [linear_products.project(hidden_NH[rows], head_vH) for hidden_NH in hiddens]
         out = [None if total is None else view for total, view in zip(totals, logits, strict=True)]
         kernels.view_gradients(logits, targets_N[rows], given.rows(rows), shard, out)
-        for hidden_NH, total_NH, gradient_nv in zip(hiddens, totals, out, strict=True):
-            if total_NH is None or gradient_nv is None:
-                continue
-            linear_products.add_hidden_gradient_(total_NH[rows], gradient_nv, head_vH)
-            if weight_total_VH is not None:
-                linear_products.add_weight_gradient_(weight_total_VH[: shard.num_valid], gradient_nv, hidden_NH[rows])
+        linear_products.add_gradients_(
+            [None if total is None else total[rows] for total in totals],
+            None if weight_total_VH is None else weight_total_VH[: shard.num_valid],
+            out,
+            [hidden_NH[rows] for hidden_NH in hiddens],
+            head_vH,
+        )
 
 
 def _chunks(hiddens: Sequence[Tensor], shard: Shard, chunk_bytes: int) -> Iterator[slice]:

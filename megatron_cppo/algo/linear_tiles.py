@@ -56,12 +56,8 @@ def gradients(
         logits = [linear_products.project(hidden_NH, weight_VH[columns]) for hidden_NH in hiddens]
         out = [None if total is None else view for total, view in zip(totals, logits, strict=True)]
         kernels.view_gradients(logits, targets_N, given, shard.tile(columns.start, columns.stop), out)
-        for hidden_NH, total_NH, gradient_Nc in zip(hiddens, totals, out, strict=True):
-            if total_NH is None or gradient_Nc is None:
-                continue
-            linear_products.add_hidden_gradient_(total_NH, gradient_Nc, weight_VH[columns])
-            if weight_total_VH is not None:
-                linear_products.add_weight_gradient_(weight_total_VH[columns], gradient_Nc, hidden_NH)
+        weight_total_cH = None if weight_total_VH is None else weight_total_VH[columns]
+        linear_products.add_gradients_(totals, weight_total_cH, out, hiddens, weight_VH[columns])
 
 
 def _tiles(hiddens: Sequence[Tensor], shard: Shard, chunk_bytes: int) -> Iterator[slice]:
