@@ -6,8 +6,10 @@ Owns what the kernel is asked for (to end a rank with its parent, to be given it
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
+import logging
 import os
 import signal
 import subprocess
@@ -16,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_cppo import diagnosis
 from megatron_cppo.diagnosis import Failure, Standing
@@ -32,6 +35,21 @@ def die_with_parent() -> None:
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def leave(status: int) -> NoReturn:
+    """End this process, whose work is done and whose exit functions run, without taking the interpreter down.
+
+    Threads of torch outlive its groups. One of gloo that frees the last collective's tensors, or one that comes back
+    from an operation, asks for the interpreter; is that just being taken down, the process is aborted
+    ("terminate called without an active exception") after all is done (https://github.com/pytorch/pytorch/pull/179291).
+    """
+    atexit._run_exitfuncs()
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # whoever read it is gone, or it is closed
+            stream.flush()
+    os._exit(status)
 
 
 def _before_rank() -> None:

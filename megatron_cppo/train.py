@@ -415,4 +415,4 @@ def quiet_libraries(handler: logging.Handler) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ranks.leave(main())

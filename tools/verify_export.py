@@ -21,6 +21,7 @@ from pathlib import Path
 from megatron_cppo import launch
 from megatron_cppo.config import Config
 from megatron_cppo.plan import resolve
+from megatron_cppo.ranks import leave
 from megatron_cppo.train import quiet_libraries, read_config
 
 MAX_GAP = 1e-4
@@ -135,4 +136,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -126,4 +126,4 @@ WAYS: dict[str, Callable[[], object]] = {
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ranks.leave(main())

@@ -31,6 +31,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_cppo.ranks import leave
+
 # gloo looks up the host name unless it is told which interface is the local one.
 RANK_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
 EXIT_SECONDS = 60.0
@@ -174,6 +176,7 @@ def _run_rank(
         pipe.send_bytes(message)
         pipe.close()
         faulthandler.unregister(signal.SIGUSR1)
+    leave(0)
 
 
 def _stack_file(folder: Path, rank: int) -> Path:

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_cppo.launch import loopback_interface
 from tests.distributed.test_launchers import alive, free_port, wait_until
-from tests.distributed.tiny_run import Launcher, write_recipe
+from tests.distributed.tiny_run import REWARD, Launcher, write_recipe
 
 ROOT = Path(__file__).parents[2]
 HANG_SECONDS = 5.0
@@ -126,6 +126,26 @@ def test_the_trainer_ends_when_a_rank_is_killed(tmp_path: Path) -> None:
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+BUSY_THREAD = """
+import atexit, os, threading, torch
+
+def work(square=torch.ones(300, 300)):
+    while True:
+        square @ square
+
+threading.Thread(target=work, daemon=True).start()
+atexit.register(lambda: open(f"left{os.environ.get('RANK')}", "w").close())
+"""
+
+
+def test_a_thread_of_torch_that_outlives_its_work_does_not_abort_a_run_that_is_done(tmp_path: Path) -> None:
+    """It comes back from an operation when the interpreter is taken down; gloo's threads may, too, once in a while."""
+    write_recipe(tmp_path, BUSY_THREAD + REWARD)
+    launcher = Launcher(tmp_path)
+    assert launcher.finish("run", "--trainer.num_steps", "2") == 0, launcher.said("run")
+    assert {"leftNone", "left0", "left1"} <= {path.name for path in tmp_path.glob("left*")}, "exit functions are run"
 
 
 def parent(pid: int) -> int:
