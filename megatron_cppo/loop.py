@@ -14,12 +14,12 @@ from megatron_cppo.data.damage import sound_prompts
 from megatron_cppo.data.packing import build_batch, rows_per_rank, scoring_rows
 from megatron_cppo.evaluate import Evaluation
 from megatron_cppo.plan import Plan
-from megatron_cppo.policy.checkpoint_files import SaveError
 from megatron_cppo.rewards.scoring import describe
 from megatron_cppo.rollout.engine import Engine
 from megatron_cppo.runlog import RunLog, StepRecord
 from megatron_cppo.saved import CHECKPOINT, SavedRollouts, Scores, SkippedStep, Writer, trailing
 from megatron_cppo.selfcheck import check_first_step
+from megatron_cppo.storage.checkpoint_files import SaveError
 from megatron_cppo.types import Batch, Group, Prompt, Sample
 
 if TYPE_CHECKING:

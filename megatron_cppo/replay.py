@@ -21,10 +21,10 @@ import torch.distributed as dist
 from megatron_cppo.config import Config
 from megatron_cppo.loop import plan_batch
 from megatron_cppo.plan import Plan
-from megatron_cppo.policy.checkpoint_files import published
 from megatron_cppo.policy.nonfinite import Finding, Place, RowFinding, as_dict, examine
 from megatron_cppo.policy.policy import Policy
 from megatron_cppo.saved import CHECKPOINT, FindPrompt, SavedError, Scores, SkippedStep, read_skipped
+from megatron_cppo.storage.checkpoint_files import published
 from megatron_cppo.types import Batch
 
 REPORT = "replay.json"

@@ -30,8 +30,11 @@ EMBEDDINGS = (
     Rule("language_model.decoder.final_layernorm.weight", ("model.norm.weight",)),
 )
 ATTENTION = (
-    Rule(_MEGATRON + "input_layernorm.weight", (_HF + "input_layernorm.weight",)),
-    Rule(_MEGATRON + "pre_mlp_layernorm.weight", (_HF + "post_attention_layernorm.weight",)),
+    Rule(
+        _MEGATRON + "input_layernorm.weight",
+        (_HF + "input_layernorm.weight",),
+        stored=_MEGATRON + "self_attention.linear_qkv.layer_norm_weight",
+    ),
     _qkv("weight"),
     Rule(_MEGATRON + "self_attention.linear_proj.weight", (_HF + "self_attn.o_proj.weight",), axis=1),
 )
@@ -42,6 +45,11 @@ QK_NORM = (
 )
 DENSE_NETWORK = (
     Rule(
+        _MEGATRON + "pre_mlp_layernorm.weight",
+        (_HF + "post_attention_layernorm.weight",),
+        stored=_MEGATRON + "mlp.linear_fc1.layer_norm_weight",
+    ),
+    Rule(
         _MEGATRON + "mlp.linear_fc1.weight",
         (_HF + "mlp.gate_proj.weight", _HF + "mlp.up_proj.weight"),
         axis=0,
@@ -51,6 +59,7 @@ DENSE_NETWORK = (
     Rule(_MEGATRON + "mlp.linear_fc2.weight", (_HF + "mlp.down_proj.weight",), axis=1),
 )
 EXPERTS = (
+    Rule(_MEGATRON + "pre_mlp_layernorm.weight", (_HF + "post_attention_layernorm.weight",)),
     Rule(_MEGATRON + "mlp.router.weight", (_HF + "mlp.gate.weight",)),
     Rule(
         _EXPERT + "linear_fc1.weight",

@@ -5,19 +5,20 @@ of them (evenly), and how the cut pieces are joined. Because every tensor is cut
 `join` serves a whole parameter and a shard of it alike: rank t of TP reads slice t of each tensor, and nothing else.
 Names are those of official Qwen2.5-VL checkpoints (`model.layers...`, `visual...`, `lm_head.weight`) for all families;
 of an expert, `mlp.experts.7.gate_proj.weight` and its kin (`experts.py` knows the stacks that checkpoints make of
-them). What a folder calls a tensor is `policy/hf_folder.py`'s business.
+them). What a folder calls a tensor is `storage/hf_folder.py`'s business.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from megatron_cppo.architecture import ModelShape
+from megatron_cppo.config import ConfigError
 
 Join = Callable[[Sequence[Tensor], ModelShape], Tensor]
 Split = Callable[[Tensor, ModelShape], Sequence[Tensor]]
@@ -58,12 +59,28 @@ def split_halves(parameter: Tensor, _: ModelShape) -> Sequence[Tensor]:
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where Megatron's checkpoints keep a parameter: those of all layers, and experts, are stacked under one key.
+
+    Example: Place("language_model.decoder.layers.mlp.experts.experts.linear_fc2.weight", (3, 17)): layer, expert.
+    """
+
+    key: str
+    index: tuple[int, ...]
+
+    def sizes(self, shape: ModelShape) -> tuple[int, ...]:
+        """How many are stacked, of each number of `index`."""
+        return (shape.num_layers, shape.num_experts)[: len(self.index)]
+
+
+@dataclass(frozen=True, slots=True)
 class Rule:
     """One kind of parameter. `{layer}` and `{expert}` are numbers within the whole model, `{rest}` any suffix.
 
     `axis` is the dimension of every Hugging Face tensor that TP cuts; None: replicated. `vocab`: dimension 0 is the
     vocabulary, which Megatron pads with zero rows to a multiple of TP. `expert`: held by one rank of EP, and cut over
-    the experts' TP instead.
+    the experts' TP instead. `stored`: what Megatron's checkpoints call it, if not so: as Transformer Engine's modules,
+    which fuse a norm with the product after it.
     """
 
     megatron: str
@@ -73,13 +90,22 @@ class Rule:
     split: Split = split_one
     vocab: bool = False
     expert: bool = False
+    stored: str = ""
+
+    @property
+    def stacks_rows(self) -> bool:
+        """Whether the parameter is its tensors, one below the other; TP cuts each of them apart."""
+        return self.join is not join_qkv
+
+    def place(self, values: Mapping[str, str]) -> Place:
+        """Where Megatron's checkpoints keep the parameter of these placeholders."""
+        key = (self.stored or self.megatron).replace("layers.{layer}.", "layers.")
+        key = key.replace("local_experts.{expert}.", "experts.")
+        return Place(key.format(**values), tuple(int(values[name]) for name in ("layer", "expert") if name in values))
 
     def match(self, name: str) -> dict[str, str] | None:
         """The placeholders' values when `name` is of this kind."""
-        pattern = re.escape(self.megatron).replace(r"\{rest\}", "(?P<rest>.+)")
-        for number in ("layer", "expert"):
-            pattern = pattern.replace(rf"\{{{number}\}}", rf"(?P<{number}>\d+)")
-        found = re.fullmatch(pattern, name)
+        found = _pattern(self.megatron).fullmatch(name)
         return found.groupdict() if found else None
 
 
@@ -91,6 +117,50 @@ class Binding:
     parameter: nn.Parameter
     rule: Rule
     hf_names: tuple[str, ...]
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """A parameter of the whole model, where there is no model: its name, rule, Hugging Face tensors, and place."""
+
+    name: str
+    rule: Rule
+    hf_names: tuple[str, ...]
+    place: Place
+
+
+def mapped(hf_names: Iterable[str], rules: Sequence[Rule]) -> list[Mapped]:
+    """The parameters that these Hugging Face tensors make, in the order of the names. Raises ConfigError.
+
+    Its text lists the names that belong to no parameter, and those that are missing for one.
+    """
+    names = list(hf_names)
+    there, found, used = set(names), [], set()
+    patterns = [(rule, _pattern(rule.hf[0])) for rule in rules]
+    for name in names:
+        for rule, pattern in patterns:
+            match = pattern.fullmatch(name)
+            if match:
+                values = match.groupdict()
+                all_names = tuple(text.format(**values) for text in rule.hf)
+                found.append(Mapped(rule.megatron.format(**values), rule, all_names, rule.place(values)))
+                used |= set(all_names)
+                break
+    unknown, missing = sorted(there - used), sorted(used - there)
+    if unknown or missing:
+        raise ConfigError(
+            f"{len(unknown)} tensors belong to no parameter {unknown[:4]}, {len(missing)} are missing {missing[:4]}; "
+            "use an unmodified checkpoint of a supported family"
+        )
+    return found
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    pattern = re.escape(text).replace(r"\{rest\}", "(?P<rest>.+)")
+    for number in ("layer", "expert"):
+        pattern = pattern.replace(rf"\{{{number}\}}", rf"(?P<{number}>\d+)")
+    return re.compile(pattern)
 
 
 def bind(named_parameters: Iterable[tuple[str, nn.Parameter]], rules: Sequence[Rule]) -> list[Binding]:
@@ -101,7 +171,7 @@ def bind(named_parameters: Iterable[tuple[str, nn.Parameter]], rules: Sequence[R
             values = rule.match(name)
             if values is not None:
                 hf_names = tuple(text.format(**values) for text in rule.hf)
-                bindings.append(Binding(name=name, parameter=parameter, rule=rule, hf_names=hf_names))
+                bindings.append(Binding(name, parameter, rule, hf_names, rule.place(values)))
                 break
         else:
             raise AssertionError(f"no mapping rule for the parameter {name!r}")

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from megatron_cppo.config import UserError
-from megatron_cppo.policy import durable
+from megatron_cppo.storage import durable
 
 T = TypeVar("T")
 

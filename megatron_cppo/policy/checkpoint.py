@@ -6,8 +6,8 @@ and published by rename. Before one is loaded every byte of it is hashed, becaus
 damaged pickle is not an error but a program; against someone who may write in the folder no hash helps. The layout
 (every parallel size) must be the same when it is loaded.
 
-Here the ranks act together: what stops one of them stops all, with the same error. `checkpoint_files.py` owns the
-folders, `checkpoint_writer.py` the format.
+Here the ranks act together: what stops one of them stops all, with the same error.
+`storage/checkpoint_files.py` owns the folders, `checkpoint_writer.py` the format.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ with warnings.catch_warnings():
     from megatron.core.dist_checkpointing.mapping import ShardedObject
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-from megatron_cppo.policy import checkpoint_files as files
-from megatron_cppo.policy import checkpoint_writer, durable
+from megatron_cppo.policy import checkpoint_writer
 from megatron_cppo.policy.agreement import together
 from megatron_cppo.policy.build import Trained
-from megatron_cppo.policy.checkpoint_files import Candidate, CheckpointError, SaveError
-from megatron_cppo.policy.durable import Contents
+from megatron_cppo.storage import checkpoint_files as files
+from megatron_cppo.storage import durable
+from megatron_cppo.storage.checkpoint_files import Candidate, CheckpointError, SaveError
+from megatron_cppo.storage.durable import Contents
 
 log = logging.getLogger(__name__)
 PROGRESS = "progress.json"

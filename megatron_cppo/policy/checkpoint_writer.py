@@ -38,8 +38,8 @@ with warnings.catch_warnings():
     from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
     from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 
-from megatron_cppo.policy import durable
-from megatron_cppo.policy.durable import Contents
+from megatron_cppo.storage import durable
+from megatron_cppo.storage.durable import Contents
 
 _FORMAT = CheckpointingConfig(sharded_backend="torch_dist", sharded_backend_version=1)
 # Of each tensor: its header, in a file of torch.save, and its line in .metadata.

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_cppo.config import UserError
-from megatron_cppo.policy import hf_folder
 from megatron_cppo.policy.agreement import together
+from megatron_cppo.storage import hf_folder
 
 
 class ExportError(UserError):

@@ -19,8 +19,8 @@ from megatron_cppo import families
 from megatron_cppo.config import ConfigError
 from megatron_cppo.families.rules import Binding, bind, whole_shapes
 from megatron_cppo.policy.groups import Groups
-from megatron_cppo.policy.hf_folder import Reader, pad_rows, vocabulary_rows
 from megatron_cppo.policy.model import VisionLanguageModel
+from megatron_cppo.storage.hf_folder import Reader, pad_rows, vocabulary_rows
 
 _LAYER = re.compile(r"(language_model\.decoder\.layers\.)(\d+)")
 _EXPERT = re.compile(r"(\.mlp\.experts\.local_experts\.)(\d+)")

@@ -141,7 +141,7 @@ def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
 def by_official_name(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Copies of a Hugging Face module's tensors as the policy names them; experts are unstacked as transformers 5 has
     them: gate over up [2I, H], and down [H, I]."""
-    from megatron_cppo.policy.hf_folder import disk_name
+    from megatron_cppo.storage.hf_folder import disk_name
 
     for name, tensor in tensors.items():
         name = disk_name(name)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cppo.policy import checkpoint_files as files
-from megatron_cppo.policy import durable
+from megatron_cppo.storage import checkpoint_files as files
+from megatron_cppo.storage import durable
 from tests.distributed.launch import run_distributed
 
 NAMES = ("__0_0.distcp", "__1_0.distcp", ".metadata", "common.pt", "progress.json")

@@ -157,8 +157,8 @@ def used_bytes(disk: Path) -> int:
 
 def run_full(rank: int, world_size: int, model: str, disk: Path) -> dict[str, list[Attempt]]:
     """Saves and exports in one process group on a disk that is full in one way after the other."""
-    from megatron_cppo.policy import checkpoint_files
     from megatron_cppo.policy.export import export
+    from megatron_cppo.storage import checkpoint_files
 
     policy = make_policy(model, world_size)
     folder = disk / "checkpoints"

@@ -24,8 +24,8 @@ def differing_configs(rank: int, world_size: int) -> str:
 
 def differing_folders(rank: int, world_size: int, model: str, folder: Path) -> str:
     """What a rank is told when the others do not see its part of a checkpoint."""
-    from megatron_cppo.policy.checkpoint_files import SaveError
     from megatron_cppo.policy.policy import Policy
+    from megatron_cppo.storage.checkpoint_files import SaveError
 
     config = tiny_model.make_config(model, world_size, policy__tensor_parallel=2)
     policy = Policy(config, tiny_model.make_plan(config), pixels=tiny_model.pixels, banned_ids=tiny_model.BANNED)

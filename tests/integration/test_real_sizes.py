@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_cppo.families.experts import place
-from megatron_cppo.policy.hf_folder import disk_name
+from megatron_cppo.storage.hf_folder import disk_name
 from tests.integration.real_sizes import RECIPES
 from tests.published_models import PUBLISHED
 

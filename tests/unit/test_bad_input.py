@@ -45,7 +45,7 @@ from megatron_cppo.data.damage import leave_out_damaged, sound_prompts
 from megatron_cppo.data.prompts import PromptSource
 from megatron_cppo.data.rows import DataError
 from megatron_cppo.data.tokenizer import vocabulary
-from megatron_cppo.policy.hf_folder import Reader
+from megatron_cppo.storage.hf_folder import Reader
 from tests.unit.tiny_checkpoint import write_tiny_checkpoint
 
 NOBODY = 65534

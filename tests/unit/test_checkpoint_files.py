@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_cppo.policy import checkpoint_files as files
-from megatron_cppo.policy import durable
-from megatron_cppo.policy.durable import Contents
+from megatron_cppo.storage import checkpoint_files as files
+from megatron_cppo.storage import durable
+from megatron_cppo.storage.durable import Contents
 
 DATA = {
     "__0_0.distcp": b"\x00weights\xff" * 400,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_cppo.config import ConfigError
 from megatron_cppo.families import experts
-from megatron_cppo.policy.hf_folder import Reader, write
+from megatron_cppo.storage.hf_folder import Reader, write
 from tests.distributed.tiny_model import make_checkpoint
 
 # E, I, H; in the last four a stack's shape alone does not tell its order.

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_cppo.config import ConfigError
-from megatron_cppo.policy import hf_folder
-from megatron_cppo.policy.hf_folder import Reader, disk_name, write
+from megatron_cppo.storage import hf_folder
+from megatron_cppo.storage.hf_folder import Reader, disk_name, write
 from tests.distributed.tiny_model import make_checkpoint
 
 SIDE_FILES = {

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from megatron_cppo.architecture import ModelShape, VisionShape
 from megatron_cppo.families import FAMILIES, part
 from megatron_cppo.families.rules import Rule, bind, join_qkv, join_rows, split_halves, split_qkv
-from megatron_cppo.policy.hf_folder import pad_rows, vocabulary_rows
+from megatron_cppo.storage.hf_folder import pad_rows, vocabulary_rows
 from tests.distributed.tiny_model import NUM_EXPERTS, make_checkpoint
 
 SEEDS = range(12)
@@ -162,7 +162,10 @@ def megatron_names(family: str, num_layers: int, num_experts: int = NUM_EXPERTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_name_has_one_rule_and_every_rule_a_name(family: str) -> None:
     rules = part(family, "mapping").RULES
-    assert all(RULES[rule.megatron] == rule for rule in rules), "families have different rules for one parameter"
+    # Checkpoints call the norm before experts by another name than that before a dense network.
+    assert all(
+        dataclasses.replace(RULES[rule.megatron], stored="") == dataclasses.replace(rule, stored="") for rule in rules
+    ), "families have different rules for one parameter"
     matching = {
         name: [rule for rule in rules if rule.match(name) is not None] for name in megatron_names(family, 12, 11)
     }
@@ -180,7 +183,7 @@ def test_every_name_has_one_rule_and_every_rule_a_name(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rules_name_all_tensors_of_a_checkpoint_once(family: str, tmp_path: Path) -> None:
-    from megatron_cppo.policy.hf_folder import Reader
+    from megatron_cppo.storage.hf_folder import Reader
 
     with Reader(make_checkpoint(tmp_path / "hf", family=family)) as reader:
         on_disk = reader.names

@@ -25,7 +25,7 @@ from torch import Tensor
 from megatron_cppo import pretrained
 from megatron_cppo.config import ConfigError
 from megatron_cppo.families import experts
-from megatron_cppo.policy import durable
+from megatron_cppo.storage import durable
 
 SHARD_BYTES = 4 * 2**30
 _STYLES = (("model.language_model.", "model."), ("model.visual.", "visual."))

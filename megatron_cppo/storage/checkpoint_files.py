@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_cppo.config import UserError
-from megatron_cppo.policy import durable
-from megatron_cppo.policy.durable import Contents
+from megatron_cppo.storage import durable
+from megatron_cppo.storage.durable import Contents
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"

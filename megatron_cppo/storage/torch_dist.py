@@ -1,0 +1,343 @@
+"""Megatron's `torch_dist` folders, written and read chunk by chunk: no model, no process group, no Megatron-Core.
+
+    __3_0.distcp      any number of data files: chunks of tensors, each a file of torch.save, one after the other
+    .metadata         a pickle: of every tensor size and dtype, and the place of each of its chunks
+    common.pt         what is no tensor
+    metadata.json     the format's name; Megatron-Core takes a folder without it for unfinished, so it is written last
+
+A chunk is a rectangle of a tensor; chunks may have any sizes, and whoever loads reads those that it needs. What is
+written here is read by megatron.core.dist_checkpointing (0.16.1), and the other way round. Of a pickle, which could be
+a program, only the names of the format's own classes are looked up: anything else in it is an error.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_cppo.config import UserError
+from megatron_cppo.storage import durable
+from megatron_cppo.storage.durable import Contents, HashingStream
+
+INDEX, COMMON, FORMAT = ".metadata", "common.pt", "metadata.json"
+CHUNK_BYTES = 2**28
+"""Larger chunks are written as several, so that nobody needs memory for more."""
+_FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+_FORMAT |= {"common_backend": "torch", "common_backend_version": 1}
+_ALLOWED = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch": {
+        "Size",
+        *(str(dtype).removeprefix("torch.") for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)),
+    },
+    "torch.serialization": {"_get_layout"},
+    "collections": {"OrderedDict"},
+}
+
+
+class TorchDistError(UserError):
+    """A folder is no torch_dist checkpoint, is damaged, or lacks something; the text says which file, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A rectangle of the tensor `key`, which is of `size` as a whole, and where its bytes are.
+
+    Example: Chunk("language_model.decoder.final_layernorm.weight", (8192,), "bfloat16", (0,), (8192,), "__0_0.distcp",
+    start=0, length=17542)
+    """
+
+    key: str
+    size: tuple[int, ...]
+    dtype: str
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    length: int
+
+
+class DataFile:
+    """A data file that is being written."""
+
+    def __init__(self, name: str, stream: HashingStream) -> None:
+        self.name, self._stream = name, stream
+        self.chunks: list[Chunk] = []
+
+    def add(self, key: str, tensor: Tensor, *, size: Sequence[int], offset: Sequence[int]) -> None:
+        """Append `tensor`, which lies at `offset` in the tensor `key` of `size`. Raises OSError."""
+        for rows in _runs(tensor):
+            part, at = tensor[rows] if tensor.dim() else tensor, list(offset)
+            if tensor.dim():
+                at[0] += rows.start
+            part = part.detach().cpu().contiguous()
+            if part.untyped_storage().nbytes() != part.nbytes:
+                part = part.clone()  # torch.save writes all of a storage
+            start = self._stream.tell()
+            torch.save(part, cast(IO[bytes], self._stream))
+            length = self._stream.tell() - start
+            dtype = str(part.dtype).removeprefix("torch.")
+            place = (self.name, start, length)
+            self.chunks.append(Chunk(key, tuple(size), dtype, tuple(at), tuple(part.shape), *place))
+
+    @property
+    def contents(self) -> Contents:
+        """What has been written so far."""
+        return self._stream.contents
+
+
+def _runs(tensor: Tensor) -> Iterator[slice]:
+    """Rows that are at most CHUNK_BYTES together (or a single row)."""
+    if not tensor.dim() or not tensor.shape[0]:
+        yield slice(0, 1)
+        return
+    rows = max(1, CHUNK_BYTES * tensor.shape[0] // max(1, tensor.nbytes))
+    for start in range(0, tensor.shape[0], rows):
+        yield slice(start, min(start + rows, tensor.shape[0]))
+
+
+@contextmanager
+def data_file(folder: Path, name: str) -> Iterator[DataFile]:
+    """Write the new data file `name` (its ending .distcp is added) of `folder`; on the disk at the end of the block."""
+    with durable.writing(folder / f"{name}.distcp") as stream:
+        yield DataFile(f"{name}.distcp", stream)
+
+
+def write_index(
+    folder: Path,
+    chunks: Iterable[Chunk],
+    *,
+    common: Mapping[str, Any],
+    aliases: Mapping[str, str] | None = None,
+) -> dict[str, Contents]:
+    """Write what makes data files a checkpoint; returns the files. `aliases` {other key: key} cost no bytes.
+
+    `common` must hold plain values. Raises OSError.
+    """
+    stacked: dict[str, list[Chunk]] = defaultdict(list)
+    for chunk in chunks:
+        stacked[chunk.key].append(chunk)
+    for other, key in (aliases or {}).items():
+        if key in stacked:
+            stacked[other] = stacked[key]
+    sizes, places = {}, {}
+    for key, parts in stacked.items():
+        first = parts[0]
+        assert all((part.size, part.dtype) == (first.size, first.dtype) for part in parts), f"{key} has several sizes"
+        sizes[key] = TensorStorageMetadata(
+            TensorProperties(dtype=getattr(torch, first.dtype)),
+            torch.Size(first.size),
+            [ChunkStorageMetadata(torch.Size(part.offset), torch.Size(part.shape)) for part in parts],
+        )
+        for part in parts:
+            places[MetadataIndex(key, torch.Size(part.offset))] = _StorageInfo(part.file, part.start, part.length)
+    buffer = io.BytesIO()
+    torch.save(dict(common), buffer)
+    return {
+        INDEX: durable.write(folder / INDEX, pickle.dumps(Metadata(sizes, None, places))),
+        COMMON: durable.write(folder / COMMON, buffer.getvalue()),
+        FORMAT: durable.write(folder / FORMAT, json.dumps(_FORMAT).encode()),
+    }
+
+
+class _Index(pickle.Unpickler):
+    """Looks up the format's own classes, and nothing else: what a pickle names is imported and called."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _ALLOWED.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which is not of this format")
+
+
+class Folder:
+    """A finished torch_dist folder: its tensors, any rectangle of which can be read. Raises TorchDistError."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder
+        told = self._read_json()
+        if told.get("sharded_backend") != "torch_dist":
+            raise TorchDistError(
+                f"{folder / FORMAT}: its format is {told}, only torch_dist is supported; save it as such"
+            )
+        index: Any = self._read_index()
+        self._chunks: dict[str, list[Chunk]] = defaultdict(list)
+        for key, tensor in index.state_dict_metadata.items():
+            if not isinstance(tensor, TensorStorageMetadata):
+                continue  # an object of the program that wrote it
+            dtype = str(tensor.properties.dtype).removeprefix("torch.")
+            for part in tensor.chunks:
+                where = index.storage_data.get(MetadataIndex(key, part.offsets))
+                if where is None:
+                    raise TorchDistError(f"{folder / INDEX}: a chunk of {key} at {tuple(part.offsets)} has no place")
+                place = (where.relative_path, where.offset, where.length)
+                self._chunks[key].append(
+                    Chunk(key, tuple(tensor.size), dtype, tuple(part.offsets), tuple(part.sizes), *place)
+                )
+        self._last: tuple[Chunk, Tensor] | None = None
+
+    def _read_json(self) -> dict[str, Any]:
+        try:
+            told = json.loads((self.path / FORMAT).read_text())
+        except FileNotFoundError as error:
+            raise TorchDistError(
+                f"{self.path} holds no {FORMAT}: it is no Megatron checkpoint, or unfinished; give a finished one"
+            ) from error
+        except (ValueError, OSError) as error:
+            raise TorchDistError(f"{self.path / FORMAT} cannot be read ({error}); copy the checkpoint again") from error
+        return told if isinstance(told, dict) else {}
+
+    def _read_index(self) -> Any:
+        try:
+            with (self.path / INDEX).open("rb") as file:
+                return _Index(file).load()
+        except (
+            OSError,
+            EOFError,
+            pickle.UnpicklingError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            IndexError,
+            KeyError,
+        ) as error:
+            raise TorchDistError(f"{self.path / INDEX} cannot be read ({error}); copy the checkpoint again") from error
+
+    @property
+    def keys(self) -> set[str]:
+        """The names of all tensors."""
+        return set(self._chunks)
+
+    def size(self, key: str) -> tuple[int, ...]:
+        """A tensor's size as a whole. Raises KeyError."""
+        return self._chunks[key][0].size if key in self._chunks else self._absent(key)
+
+    def dtype(self, key: str) -> torch.dtype:
+        """A tensor's dtype. Raises KeyError."""
+        return getattr(torch, self._chunks[key][0].dtype) if key in self._chunks else self._absent(key)
+
+    def _absent(self, key: str) -> Any:
+        raise TorchDistError(f"{self.path} holds no tensor {key}; use a checkpoint of the same model")
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all data files, as the index has them."""
+        return sum(chunk.length for chunks in self._chunks.values() for chunk in chunks)
+
+    def read(self, key: str, *, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """The rectangle of `shape` at `offset` of a tensor; reads the chunks that it touches, one at a time.
+
+        Raises TorchDistError when they do not cover it, or are damaged.
+        """
+        found = torch.empty(tuple(shape), dtype=self.dtype(key))
+        covered = 0
+        for chunk in self._chunks[key]:
+            overlap = _overlap(offset, shape, chunk)
+            if overlap is None:
+                continue
+            here, there = overlap
+            part = self._load(chunk)[there]
+            found[here] = part
+            covered += part.numel()
+        if covered != found.numel():
+            raise TorchDistError(
+                f"{self.path}: {key} {tuple(offset)} + {tuple(shape)}: its chunks hold {covered} of {found.numel()} "
+                "numbers; copy the checkpoint again"
+            )
+        return found
+
+    def _load(self, chunk: Chunk) -> Tensor:
+        if self._last is not None and self._last[0] == chunk:
+            return self._last[1]
+        self._last = None  # before the next one takes memory
+        path = self.path / chunk.file
+        if path.parent != self.path:
+            raise TorchDistError(f"{self.path / INDEX}: the data file {chunk.file!r} is not in its folder")
+        try:
+            with path.open("rb") as file:
+                part = cast(IO[bytes], _Part(file.fileno(), chunk.start, chunk.length))
+                tensor = torch.load(part, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+            told = str(error).splitlines()[0] if str(error) else repr(error)
+            raise TorchDistError(
+                f"{path}: {chunk.key} at byte {chunk.start} is damaged ({told}); copy it again"
+            ) from error
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != chunk.shape:
+            raise TorchDistError(f"{path}: {chunk.key} at byte {chunk.start} is not what the index says; copy it again")
+        self._last = (chunk, tensor)
+        return tensor
+
+
+def _overlap(
+    offset: Sequence[int], shape: Sequence[int], chunk: Chunk
+) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+    """What a rectangle shares with a chunk: its place in the rectangle, and in the chunk; None when nothing."""
+    here, there = [], []
+    for at, length, start, size in zip(offset, shape, chunk.offset, chunk.shape, strict=True):
+        low, high = max(at, start), min(at + length, start + size)
+        if low >= high:
+            return None
+        here.append(slice(low - at, high - at))
+        there.append(slice(low - start, high - start))
+    return tuple(here), tuple(there)
+
+
+class _Part(io.RawIOBase):
+    """Some bytes of an open file, as a file; nothing is copied but what is asked for."""
+
+    def __init__(self, descriptor: int, start: int, length: int) -> None:
+        self._descriptor, self._start, self._length, self._at = descriptor, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        self._at = base + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        room = memoryview(buffer).cast("B")
+        wanted = max(0, min(len(room), self._length - self._at))
+        got = 0
+        while got < wanted:
+            count = os.preadv(self._descriptor, [room[got:wanted]], self._start + self._at + got)
+            if not count:
+                break
+            got += count
+        self._at += got
+        return got
