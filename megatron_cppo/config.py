@@ -217,6 +217,10 @@ class TrainerConfig:
     """Checkpoint period; 0 saves at the end only."""
     keep_checkpoints: int = 2
     """Older ones are deleted, once a newer one is whole."""
+    keep_every_steps: int = 0
+    """Checkpoints of these steps are never deleted; 0: of none."""
+    save_in_background: bool = True
+    """Write checkpoints while the next rollouts are sampled; what is not written when the weights change is copied."""
     on_save_failure: Literal["stop", "continue"] = "stop"
     """What to do when a checkpoint cannot be written (a full disk): stop, or go on and count it."""
     max_skipped_updates: int = 3

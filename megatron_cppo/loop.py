@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,7 +129,7 @@ def _start(run: Run) -> tuple[int, int]:
     Returns the last finished step, and how many updates were skipped in a row up to its end.
     """
     with run.log.phase("restore", 1) as advance:
-        progress = run.policy.restore(_checkpoints(run))
+        progress = run.policy.restore(_checkpoints(run), keep=run.config.trainer.keep_checkpoints)
         advance(1)
     step = progress["step"] if progress else 0
     run.log.resume(step)
@@ -229,6 +230,7 @@ def _after_update(run: Run, step: int, groups: Sequence[Group], batch: Batch, be
         )
         return in_a_row
     unsaved = ""
+    _finish_save(run, wait=True)
     try:
         run.policy.save(folder / CHECKPOINT, at_step=step, progress={"skipped_in_a_row": in_a_row}, keep=1)
     except SaveError as error:
@@ -253,20 +255,50 @@ def _after(run: Run, step: int, batch: Batch, in_a_row: int) -> None:
         run.log.samples(step, batch.samples, run.policy.statistics())
     if _evaluates(run, step):
         _evaluate(run, step)
+    _finish_save(run, wait=False)
     if step == trainer.num_steps or _due(step, trainer.save_every_steps):
         _save(run, step, {"skipped_in_a_row": in_a_row})
 
 
 def _save(run: Run, step: int, progress: dict[str, Any]) -> None:
-    """Save a checkpoint. One that cannot be written ends the run, or is counted, as configured.
+    """Save a checkpoint; all but the last one while the run goes on."""
+    trainer, last = run.config.trainer, step == run.config.trainer.num_steps
+    _finish_save(run, wait=True)
+    with _saves(run, step), run.log.phase("save", 1) as advance:
+        run.policy.save(
+            _checkpoints(run),
+            at_step=step,
+            progress=progress,
+            keep=trainer.keep_checkpoints,
+            keep_every=trainer.keep_every_steps,
+            background=trainer.save_in_background and not last,
+        )
+        advance(1)
+
+
+def _finish_save(run: Run, *, wait: bool) -> None:
+    """Publish the checkpoint that is being written, if all of it is; or `wait` for it."""
+    step = run.policy.saving_step
+    if step is None:
+        return
+    with _saves(run, step):
+        if not wait:
+            run.policy.finish_save(wait=False)
+            return
+        with run.log.phase("save", 1) as advance:
+            run.policy.finish_save()
+            advance(1)
+
+
+@contextmanager
+def _saves(run: Run, step: int) -> Iterator[None]:
+    """A checkpoint that cannot be written ends the run, or is counted, as configured.
 
     After the last step it ends the run in any case, but not before the export, the run's result, was tried.
     """
     trainer = run.config.trainer
     try:
-        with run.log.phase("save", 1) as advance:
-            run.policy.save(_checkpoints(run), at_step=step, progress=progress, keep=trainer.keep_checkpoints)
-            advance(1)
+        yield
     except SaveError as error:
         if step == trainer.num_steps:
             try:

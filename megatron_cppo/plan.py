@@ -250,6 +250,7 @@ _BOUNDS: tuple[tuple[str, str, float, float], ...] = (
     ("trainer", "prompts_per_step", 1, math.inf),
     ("trainer", "updates_per_step", 1, math.inf),
     ("trainer", "keep_checkpoints", 1, math.inf),
+    ("trainer", "keep_every_steps", 0, math.inf),
     ("trainer", "evaluation_samples", 1, math.inf),
     ("trainer", "grader_processes", 1, math.inf),
     ("trainer", "grader_timeout_seconds", 1e-3, math.inf),

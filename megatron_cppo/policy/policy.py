@@ -56,6 +56,7 @@ class Policy:
         )
         on_host = config.policy.reference == "host"
         self._reference = Reference(self.trained.parameters(), on_host=on_host) if plan.uses_reference else None
+        self._save: checkpoint.Unpublished | None = None
         self._seen: list[step.Seen] = []
         self.skipped: tuple[int, ...] = ()
         """The mini-batches of the last `update` that changed nothing, as their loss or gradient was not finite."""
@@ -69,6 +70,7 @@ class Policy:
         if old:
             batch = dataclasses.replace(batch, old_logp=scores())
         if reference and self._reference is not None:
+            self._about_to_change()
             with self._reference.active():
                 batch = dataclasses.replace(batch, reference_logp=scores())
         return batch
@@ -80,6 +82,7 @@ class Policy:
         all were; see `skipped`.
         `advance(n)` hears of n more packed rows of this rank.
         """
+        self._about_to_change()
         self._seen = []
         every = []
         for mini in batch.updates:
@@ -117,13 +120,62 @@ class Policy:
         """
         export.export(self.weights(), source=self._source, folder=folder)
 
-    def save(self, folder: Path, *, at_step: int, progress: dict[str, Any], keep: int) -> Path:
-        """Write a training checkpoint (`policy.checkpoint`)."""
-        return checkpoint.save(self.trained, folder, step=at_step, progress=progress, keep=keep)
+    def save(
+        self,
+        folder: Path,
+        *,
+        at_step: int,
+        progress: dict[str, Any],
+        keep: int,
+        keep_every: int = 0,
+        background: bool = False,
+    ) -> None:
+        """Write a training checkpoint (`policy.checkpoint`). In the `background` it is there after `finish_save`.
 
-    def restore(self, folder: Path) -> dict[str, Any] | None:
-        """Load the newest whole checkpoint of `folder`; its progress, or None when there is none."""
-        return checkpoint.load(self.trained, folder)
+        Raises SaveError, on all ranks, when a disk refuses.
+        """
+        assert self._save is None, "the checkpoint before is still being written: finish_save comes first"
+        self._save = checkpoint.begin(
+            self.trained,
+            folder,
+            step=at_step,
+            progress=progress,
+            keep=keep,
+            keep_every=keep_every,
+            background=background,
+        )
+        if not background:
+            self.finish_save()
+
+    @property
+    def saving_step(self) -> int | None:
+        """The step of the checkpoint that is being written."""
+        return None if self._save is None else self._save.step
+
+    def finish_save(self, *, wait: bool = True) -> bool:
+        """Publish the checkpoint that is being written, once all ranks are done; returns whether none is any more.
+
+        Raises SaveError as `save` does.
+        """
+        if self._save is None:
+            return True
+        if not wait and not checkpoint.all_done(self._save, self.groups):
+            return False
+        save, self._save = self._save, None
+        checkpoint.finish(save)
+        return True
+
+    def _about_to_change(self) -> None:
+        """The weights are: what is still to be saved of them is copied."""
+        if self._save is not None:
+            self._save.saving.detach()
+
+    def restore(self, folder: Path, *, keep: int | None = None) -> dict[str, Any] | None:
+        """Load the newest whole checkpoint of `folder`; its progress, or None when there is none.
+
+        The newest `keep` are verified (None: all).
+        """
+        return checkpoint.load(self.trained, folder, keep=keep)
 
 
 def _main_gradient(parameter: Any) -> Tensor:

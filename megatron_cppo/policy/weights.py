@@ -41,11 +41,18 @@ def bindings(chunks: Chunks) -> list[Binding]:
     """Every parameter of this rank with its Hugging Face names."""
     shape = chunks[0].shape
     named = ((global_name(chunk, name), parameter) for chunk in chunks for name, parameter in chunk.named_parameters())
-    bound = bind(named, families.part(shape.family, "mapping").RULES)
+    rules = families.part(shape.family, "mapping").RULES
+    bound = bind(named, rules)
     if not shape.tied:
         return bound
-    embedding = ("model.embed_tokens.weight",)
-    return [dataclasses.replace(b, hf_names=embedding) if b.hf_names == ("lm_head.weight",) else b for b in bound]
+    # The last stage's copy is the embedding under another name.
+    embedding = next(rule for rule in rules if rule.hf == ("model.embed_tokens.weight",))
+    return [
+        dataclasses.replace(b, hf_names=embedding.hf, place=embedding.place({}))
+        if b.hf_names == ("lm_head.weight",)
+        else b
+        for b in bound
+    ]
 
 
 def cutting_group(binding: Binding, groups: Groups) -> dist.ProcessGroup:

@@ -60,6 +60,15 @@ def folder_of(folder: Path, step: int) -> Path:
     return folder / f"step_{step:06d}"
 
 
+def step_of(path: Path) -> int:
+    """The step of a published checkpoint's folder.
+
+    >>> step_of(Path("checkpoints/step_000012"))
+    12
+    """
+    return int(path.name.removeprefix("step_"))
+
+
 def partial_of(final: Path) -> Path:
     """Where the checkpoint `final` is written before it is published."""
     return final.with_name(_PARTIAL + final.name)
@@ -68,7 +77,7 @@ def partial_of(final: Path) -> Path:
 def published(folder: Path) -> list[Path]:
     """The published checkpoints of `folder`, oldest first; whole ones, or not yet verified."""
     found = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(found, key=step_of)
 
 
 def set_aside(folder: Path) -> list[Path]:
@@ -156,10 +165,11 @@ def put_aside(damaged: Path) -> Path:
     return aside
 
 
-def prune(folder: Path, *, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints; one with a visible fault counts for nothing and is left.
+def prune(folder: Path, *, keep: int, keep_every: int = 0) -> None:
+    """Delete all but the newest `keep` checkpoints, and those of every `keep_every`th step (0: of none).
 
-    It is renamed first, so that no part of one is ever seen under its name. What cannot be deleted is warned of.
+    One with a visible fault counts for nothing and is left. A doomed one is renamed first, so that no part of one is
+    ever seen under its name. What cannot be deleted is warned of.
     """
     try:
         sound = [candidate.path for candidate in survey(folder) if not candidate.fault]
@@ -167,6 +177,8 @@ def prune(folder: Path, *, keep: int) -> None:
         log.warning("the old checkpoints of %s could not be looked at: %s", folder, error)
         return
     for path in sound[keep:]:
+        if keep_every and step_of(path) % keep_every == 0:
+            continue
         try:
             doomed = path.with_name(_DELETED + path.name)
             durable.remove(doomed)

@@ -59,7 +59,6 @@ class State:
     schedule: dict[str, Any]
     random: list[Tensor]
     drawn: list[float]
-    common: dict[str, Any]
     warned: list[str]
 
 
@@ -124,9 +123,6 @@ def snapshot(
 ) -> State:
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-    from megatron_cppo.policy import checkpoint as saver
-    from megatron_cppo.policy import checkpoint_writer
-
     optimizers = [inner.optimizer for inner in policy.trained.optimizer.chained_optimizers]
     param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     return State(
@@ -144,7 +140,6 @@ def snapshot(
         schedule=policy.trained.schedule.state_dict(),
         random=[torch.get_rng_state(), *get_cuda_rng_tracker().get_states().values()],
         drawn=drawn,
-        common=checkpoint_writer.prepare(saver._sharded_state(policy.trained, loading=False)).common,
         warned=warned,
     )
 
@@ -274,13 +269,3 @@ def test_damaged_ones_are_named_and_set_aside_and_old_ones_go(layout: str, runs:
         assert "step_000008 is damaged: .metadata has 1000 bytes, expected " in short
         assert "step_000007 is damaged: __1_0.distcp has SHA-256 " in flipped
         assert runs.whole[layout][0].warned == []
-
-
-@pytest.mark.parametrize("layout", CHECKED)
-def test_what_one_rank_writes_for_all_is_the_same_on_all(layout: str, runs: Runs) -> None:
-    """Rank 0 alone writes what is not sharded: of another stage's there would be nothing."""
-    first, *others = (state.common for state in runs.whole[layout])
-    assert {"schedule", "optimizer"} <= first.keys()
-    assert first["schedule"]["num_steps"] == NUM_STEPS
-    for other in others:
-        assert other == first

@@ -25,7 +25,8 @@ from tests.distributed.launch import run_distributed
 from tests.distributed.layouts import LAYOUTS, checkpoint
 from tests.distributed.tiny_run import Launcher, write_recipe
 
-FILES = ["__0_0.distcp", "__1_0.distcp", ".metadata", "common.pt", "manifest.json", "metadata.json", "progress.json"]
+DATA = ["__0_0.distcp", "__1_0.distcp"]
+FILES = [*DATA, ".metadata", "common.pt", "manifest.json", "metadata.json", "progress.json", "random.pt"]
 
 ONE_RANK = ("--trainer.num_gpus", "1", "--policy.tensor_parallel", "1")
 
@@ -88,7 +89,7 @@ def run_limited(rank: int, world_size: int, model: str, folder: Path) -> dict[st
         export(policy.weights(), source=model, folder=folder / "export")
 
     found = {"first": attempt(save(1), folder)}
-    for victim, limit in ((0, 100), (0, 20_000), (1, 20_000)):
+    for victim, limit in ((0, 100), (0, 60_000), (1, 60_000)):
         found[f"rank {victim}, {limit}"] = attempt(limited(victim, limit, save(2)), folder)
     found["again"] = attempt(save(2), folder)
     assert policy.restore(folder) == {"step": 2}
@@ -109,9 +110,9 @@ def test_a_refused_write_of_any_rank_is_told_by_all(model: str, tmp_path: Path) 
     assert first == second
     assert first["first"] == Attempt("", ["step_000001"])
     for case, file in (
-        ("rank 0, 100", "common.pt"),
-        ("rank 0, 20000", "__0_0.distcp"),
-        ("rank 1, 20000", "__1_0.distcp"),
+        ("rank 0, 100", "random.pt"),
+        ("rank 0, 60000", "__0_0.distcp"),
+        ("rank 1, 60000", "__1_0.distcp"),
     ):
         error = first[case].error
         assert error.startswith(f"SaveError: checkpoint {tmp_path}/step_000002 could not be written:\n  {case[:6]}: ")

@@ -1,0 +1,100 @@
+"""One rank's data file of a checkpoint, written while training goes on.
+
+Between a step's save and the next update no weight changes: rollouts are sampled, graded and scored. A thread writes
+from the live tensors meanwhile; only what is not written when they are about to change is copied to host memory
+(`detach`). Knows neither the other ranks nor what becomes of the file.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_cppo.storage import torch_dist
+from megatron_cppo.storage.durable import Contents
+from megatron_cppo.storage.torch_dist import Chunk
+
+BYTES_PER_PIECE = 4096
+"""Room for a piece's header, in a file of torch.save, and for its line in the index."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A rectangle to write: of the tensor `key`, which is of `size` as a whole, at `offset`."""
+
+    key: str
+    size: tuple[int, ...]
+    offset: tuple[int, ...]
+    tensor: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A data file that is on the disk."""
+
+    name: str
+    contents: Contents
+    chunks: list[Chunk]
+
+
+class Saving:
+    """A data file that is being written by a thread of its own; with `background` false, it is written at once."""
+
+    def __init__(self, pieces: Iterable[Piece], folder: Path, name: str, *, background: bool) -> None:
+        self._pieces = deque(pieces)
+        self._folder, self._name = folder, name
+        self._lock = threading.Lock()
+        self._written: Written | None = None
+        self._failure: BaseException | None = None
+        self.copied_bytes = 0
+        """Host memory that `detach` has taken."""
+        self._thread = threading.Thread(target=self._work, name="checkpoint", daemon=True)
+        if background:
+            self._thread.start()
+        else:
+            self._thread.run()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it is on the disk, or has failed."""
+        return not self._thread.is_alive()
+
+    def detach(self) -> None:
+        """Let the tensors change from now on: copy what is not written yet. Waits for at most one piece."""
+        with self._lock:
+            for _ in range(len(self._pieces)):
+                piece = self._pieces.popleft()
+                copy = piece.tensor.detach().to("cpu", copy=True)
+                self.copied_bytes += copy.nbytes
+                self._pieces.append(Piece(piece.key, piece.size, piece.offset, copy))
+
+    def result(self) -> Written:
+        """The file; waits for it. Raises OSError where the file system refused."""
+        if self._thread.is_alive():
+            self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+        assert self._written is not None, f"{self._name} is neither written nor failed"
+        return self._written
+
+    def _work(self) -> None:
+        try:
+            with torch_dist.data_file(self._folder, self._name) as file:
+                while self._write_one(file):
+                    pass
+            self._written = Written(file.name, file.contents, file.chunks)
+        except BaseException as failure:  # raised in the thread that asks for the result
+            self._failure = failure
+
+    def _write_one(self, file: torch_dist.DataFile) -> bool:
+        with self._lock:  # while it is written, the tensor must not change
+            if not self._pieces:
+                return False
+            piece = self._pieces.popleft()
+            file.add(piece.key, piece.tensor, size=piece.size, offset=piece.offset)
+        return True
