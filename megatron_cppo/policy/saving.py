@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,22 +48,17 @@ class Saving:
 
     def __init__(self, pieces: Iterable[Piece], folder: Path, name: str, *, background: bool) -> None:
         self._pieces = deque(pieces)
-        self._folder, self._name = folder, name
         self._lock = threading.Lock()
-        self._written: Written | None = None
-        self._failure: BaseException | None = None
         self.copied_bytes = 0
         """Host memory that `detach` has taken."""
-        self._thread = threading.Thread(target=self._work, name="checkpoint", daemon=True)
-        if background:
-            self._thread.start()
-        else:
-            self._thread.run()
+        thread = ThreadPoolExecutor(1, "checkpoint")
+        self._written = thread.submit(self._write, folder, name)
+        thread.shutdown(wait=not background)
 
     @property
     def is_done(self) -> bool:
         """Whether it is on the disk, or has failed."""
-        return not self._thread.is_alive()
+        return self._written.done()
 
     def detach(self) -> None:
         """Let the tensors change from now on: copy what is not written yet. Waits for at most one piece."""
@@ -75,21 +71,13 @@ class Saving:
 
     def result(self) -> Written:
         """The file; waits for it. Raises OSError where the file system refused."""
-        if self._thread.is_alive():
-            self._thread.join()
-        if self._failure is not None:
-            raise self._failure
-        assert self._written is not None, f"{self._name} is neither written nor failed"
-        return self._written
+        return self._written.result()
 
-    def _work(self) -> None:
-        try:
-            with torch_dist.data_file(self._folder, self._name) as file:
-                while self._write_one(file):
-                    pass
-            self._written = Written(file.name, file.contents, file.chunks)
-        except BaseException as failure:  # raised in the thread that asks for the result
-            self._failure = failure
+    def _write(self, folder: Path, name: str) -> Written:
+        with torch_dist.data_file(folder, name) as file:
+            while self._write_one(file):
+                pass
+        return Written(file.name, file.contents, file.chunks)
 
     def _write_one(self, file: torch_dist.DataFile) -> bool:
         with self._lock:  # while it is written, the tensor must not change

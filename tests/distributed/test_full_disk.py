@@ -91,6 +91,14 @@ def run_limited(rank: int, world_size: int, model: str, folder: Path) -> dict[st
     found = {"first": attempt(save(1), folder)}
     for victim, limit in ((0, 100), (0, 60_000), (1, 60_000)):
         found[f"rank {victim}, {limit}"] = attempt(limited(victim, limit, save(2)), folder)
+
+    def save_in_background() -> None:
+        policy.save(folder, at_step=2, progress={}, keep=1, background=True)
+        assert policy.saving_step == 2
+        policy.finish_save()
+
+    found["rank 1, in the background"] = attempt(limited(1, 60_000, save_in_background), folder)
+    assert policy.saving_step is None
     found["again"] = attempt(save(2), folder)
     assert policy.restore(folder) == {"step": 2}
     found["export refused"] = attempt(limited(0, 20_000, write_export), folder)
@@ -113,6 +121,7 @@ def test_a_refused_write_of_any_rank_is_told_by_all(model: str, tmp_path: Path) 
         ("rank 0, 100", "random.pt"),
         ("rank 0, 60000", "__0_0.distcp"),
         ("rank 1, 60000", "__1_0.distcp"),
+        ("rank 1, in the background", "__1_0.distcp"),
     ):
         error = first[case].error
         assert error.startswith(f"SaveError: checkpoint {tmp_path}/step_000002 could not be written:\n  {case[:6]}: ")
