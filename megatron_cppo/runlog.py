@@ -346,10 +346,30 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return objects
 
 
-CHANGES_NO_NUMBER = frozenset(
+LAYOUT = frozenset(
+    {
+        "trainer.num_gpus",
+        "policy.tensor_parallel",
+        "policy.sequence_parallel",
+        "policy.context_parallel",
+        "policy.pipeline_parallel",
+        "policy.virtual_pipeline",
+        "policy.layers_per_stage",
+        "policy.expert_parallel",
+        "policy.recompute",
+        "policy.recompute_vision",
+        "policy.max_tokens_per_microbatch",
+        "policy.distributed_optimizer",
+        "policy.reference",
+    }
+)
+"""The fields that say who computes what, and when: the numbers are the same but for rounding."""
+RESUMABLE = LAYOUT | frozenset(
     {
         "trainer.run_dir",  # the folder may have been moved, or be spelled in another way
         "trainer.keep_checkpoints",
+        "trainer.keep_every_steps",
+        "trainer.save_in_background",
         "trainer.on_save_failure",
         "trainer.max_skipped_updates",
         "trainer.hang_minutes",
@@ -358,13 +378,13 @@ CHANGES_NO_NUMBER = frozenset(
         "debug.replay",
     }
 )
-"""The fields in which a run may be resumed with other values: nothing that it computes depends on them."""
+"""The fields in which a run may be resumed with other values."""
 
 
 def refuse_other_config(run_dir: Path, config: Config) -> None:
     """Raise ConfigError when `run_dir` holds steps or checkpoints of a run of another config than `config`.
 
-    `CHANGES_NO_NUMBER` may differ. A folder whose run failed before its first step may be used again.
+    `RESUMABLE` may differ. A folder whose run failed before its first step may be used again.
     """
     path = run_dir / "config.json"
     metrics = run_dir / "metrics.jsonl"
@@ -382,7 +402,7 @@ def refuse_other_config(run_dir: Path, config: Config) -> None:
     there = {name: value for name, value in defaults.items() if name not in there} | there
     here = _flat(json.loads(json.dumps(dataclasses.asdict(config))))
     names = sorted(there.keys() | here.keys())
-    differing = [name for name in names if name not in CHANGES_NO_NUMBER and there.get(name) != here.get(name)]
+    differing = [name for name in names if name not in RESUMABLE and there.get(name) != here.get(name)]
     if differing:
         lines = [
             f"  {name}: {there.get(name, 'absent')!r} there, {here.get(name, 'absent')!r} here" for name in differing

@@ -103,3 +103,20 @@ def test_a_folder_belongs_to_one_config(runs: Runs) -> None:
     assert "Traceback" not in said
     after = {path: path.read_bytes() for path in runs.first.rglob("*") if path.is_file() and path.suffix != ".log"}
     assert after == before
+
+
+def test_a_killed_run_goes_on_in_another_layout(runs: Runs) -> None:
+    """From TP2 to two stages: the same answers are sampled, and the update is the same but for rounding."""
+    other = runs.first.parent / "other"
+    shutil.copytree(runs.left_by_kill, other)
+    flags = ("--policy.tensor_parallel", "1", "--policy.pipeline_parallel", "2", "--policy.layers_per_stage", "2", "1")
+    assert runs.launcher.finish("other", *flags) == 0, runs.launcher.said("other")
+    assert "resumed from" in runs.launcher.said("other")
+    wanted, found = (lines(run / "metrics.jsonl") for run in (runs.first, other))
+    assert [line["step"] for line in found] == [line["step"] for line in wanted]
+    last, there = (next(line for line in each if line["step"] == NUM_STEPS) for each in (found, wanted))
+    assert {name: last[name] for name in last if name.startswith("reward/")} == {
+        name: there[name] for name in there if name.startswith("reward/")
+    }
+    assert last["optim/grad_norm"] == pytest.approx(there["optim/grad_norm"], rel=1e-3)
+    assert last["policy/loss"] == pytest.approx(there["policy/loss"], rel=1e-3, abs=1e-5)

@@ -11,7 +11,7 @@ from megatron_cppo import config as configuration
 from megatron_cppo.config import AlgorithmConfig, Config, ConfigError, DebugConfig, TrainerConfig
 from megatron_cppo.loop import loop_of, reinforce, sample, supervise
 from megatron_cppo.plan import resolve
-from megatron_cppo.runlog import CHANGES_NO_NUMBER, refuse_other_config
+from megatron_cppo.runlog import RESUMABLE, refuse_other_config
 
 
 def problems(tmp_path: Path, objective: str = "cppo", **debug: object) -> str:
@@ -62,17 +62,17 @@ def changed(name: str) -> Config:
     section, field = name.split(".")
     fields = getattr(Config(), section)
     value = getattr(fields, field)
-    other = {bool: not value, int: 7, float: 7.0, str: "continue"}[type(value)]
+    other = {bool: not value, int: 7, float: 7.0, str: "continue", tuple: (2, 1)}[type(value)]
     return dataclasses.replace(Config(), **{section: dataclasses.replace(fields, **{field: other})})
 
 
-@pytest.mark.parametrize("name", sorted(CHANGES_NO_NUMBER))
-def test_a_run_may_be_resumed_with_what_changes_no_number(name: str, started: Path) -> None:
+@pytest.mark.parametrize("name", sorted(RESUMABLE))
+def test_a_run_may_be_resumed_with_another_layout_or_what_changes_no_number(name: str, started: Path) -> None:
     refuse_other_config(started, changed(name))
 
 
 @pytest.mark.parametrize(
-    "name", ["debug.train_on", "debug.rollout_only", "trainer.num_gpus", "trainer.seed", "trainer.self_check"]
+    "name", ["debug.train_on", "debug.rollout_only", "policy.precision", "trainer.seed", "trainer.self_check"]
 )
 def test_everything_else_makes_another_run(name: str, started: Path) -> None:
     with pytest.raises(ConfigError, match=f"  {name}: "):
