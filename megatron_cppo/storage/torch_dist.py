@@ -63,6 +63,8 @@ _ALLOWED = {
     "collections": {"OrderedDict"},
 }
 
+_IGNORED = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
+
 
 class TorchDistError(UserError):
     """A folder is no torch_dist checkpoint, is damaged, or lacks something; the text says which file, and why."""
@@ -169,12 +171,27 @@ def write_index(
     }
 
 
+class _Ignored:
+    """In place of what an index says of how it was saved: takes anything, and does nothing."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
 class _Index(pickle.Unpickler):
-    """Looks up the format's own classes, and nothing else: what a pickle names is imported and called."""
+    """Looks up the format's own classes, and nothing else: what a pickle names is imported and called.
+
+    The plan of a save, which Megatron-Core leaves in the index, is not even looked up.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
+        if module.startswith(_IGNORED):
+            return _Ignored
         raise pickle.UnpicklingError(f"it names {module}.{name}, which is not of this format")
 
 

@@ -5,6 +5,7 @@ step's gradients are those of the layout that wrote it. Megatron-Core's own load
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_cppo import families
 from megatron_cppo.algo.objective import OBJECTIVES
 from megatron_cppo.data.packing import build_batch
+from megatron_cppo.families.rules import mapped
 from megatron_cppo.storage import torch_dist
 from tests.distributed import matrix, tiny_model
 from tests.distributed.launch import run_distributed
@@ -243,3 +246,43 @@ def test_the_next_gradient_does_not_depend_on_the_layout(family: str, runs: Any)
             worst = max(errors, key=lambda key: errors[key])
             print(f"{family}, saved in {source.name}, in {name}: {errors[worst]:.1e} {worst}")
             assert errors[worst] <= GRADIENT, (source.name, name, worst, errors[worst])
+
+
+def saved_by_megatron(rank: int, world_size: int, model: str, folder: Path) -> dict[str, Tensor]:
+    """Save a model with Megatron-Core's own saver; returns its tensors by their Hugging Face names."""
+    from megatron.core import dist_checkpointing
+
+    from megatron_cppo.policy.policy import Policy
+
+    multiprocessing.current_process().daemon = False  # it has writers of its own
+    layout = Layout(2, tp=2, sp=True)
+    config = tiny_model.make_config(model, world_size, **{**layout.fields(), **TRAINING})
+    policy = Policy(config, tiny_model.make_plan(config), pixels=tiny_model.pixels, banned_ids=tiny_model.BANNED)
+    (chunk,) = policy.trained.chunks
+    sharded = {k: v for k, v in chunk.sharded_state_dict().items() if not k.endswith("_extra_state")}
+    dist_checkpointing.save(sharded, str(folder))
+    return {name: tensor.clone() for name, tensor in policy.weights()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_megatrons_own_saver_wrote_is_read(family: str, tmp_path: Path) -> None:
+    model = tiny_model.make_checkpoint(tmp_path / "hf", family=family, vocab_size=matrix.VOCAB, num_layers=2)
+    (tmp_path / "saved").mkdir()
+    wanted = run_distributed(saved_by_megatron, 2, model, tmp_path / "saved")[0]
+    stored, shape = torch_dist.Folder(tmp_path / "saved"), families.read_shape(model)
+    assert len(stored.keys) > 10
+    for parameter in mapped(wanted, families.part(family, "mapping").RULES):
+        sizes = parameter.place.sizes(shape)
+        pieces = [wanted[name] for name in parameter.hf_names]
+        joined = parameter.rule.join(pieces, shape)
+        index = parameter.place.index
+        size = stored.size(parameter.place.key)
+        # Megatron-Core pads the vocabulary to a multiple of TP.
+        assert size[: len(sizes)] == sizes
+        assert size[len(sizes) + 1 :] == joined.shape[1:]
+        found = stored.read(
+            parameter.place.key,
+            offset=(*index, *(0 for _ in joined.shape)),
+            shape=(*(1 for _ in index), *joined.shape),
+        )
+        assert torch.equal(found.view(joined.shape), joined), parameter.name
