@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.tiny_run import NUM_STEPS, Launcher, write_recipe
+from tests.distributed.tiny_run import NUM_STEPS, ROOT, Launcher, write_recipe
 
 CONTRACT = ("config.json", "plan.json", "metrics.jsonl", "timings.jsonl", "export/model.safetensors")
 
@@ -120,3 +122,17 @@ def test_a_killed_run_goes_on_in_another_layout(runs: Runs) -> None:
     }
     assert last["optim/grad_norm"] == pytest.approx(there["optim/grad_norm"], rel=1e-3)
     assert last["policy/loss"] == pytest.approx(there["policy/loss"], rel=1e-3, abs=1e-5)
+
+
+def test_what_a_run_saved_is_what_it_exported_and_its_engine_got(runs: Runs) -> None:
+    """The offline converter makes the tensors of the last checkpoint, which the engine had got."""
+    checkpoint, made = runs.first / "checkpoints" / f"step_{NUM_STEPS:06d}", runs.first.parent / "made"
+    for tool, *arguments in (("megatron_to_hf", checkpoint, made), ("verify_checkpoint", made, runs.first / "export")):
+        done = subprocess.run(
+            [sys.executable, ROOT / "tools" / f"{tool}.py", *arguments],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
