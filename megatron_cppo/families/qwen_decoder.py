@@ -59,7 +59,12 @@ DENSE_NETWORK = (
     Rule(_MEGATRON + "mlp.linear_fc2.weight", (_HF + "mlp.down_proj.weight",), axis=1),
 )
 EXPERTS = (
-    Rule(_MEGATRON + "pre_mlp_layernorm.weight", (_HF + "post_attention_layernorm.weight",)),
+    Rule(
+        _MEGATRON + "pre_mlp_layernorm.weight",
+        (_HF + "post_attention_layernorm.weight",),
+        # Megatron-Core 0.16.1 without Transformer Engine asks for it as if the network were dense.
+        also=_MEGATRON + "mlp.linear_fc1.layer_norm_weight",
+    ),
     Rule(_MEGATRON + "mlp.router.weight", (_HF + "mlp.gate.weight",)),
     Rule(
         _EXPERT + "linear_fc1.weight",

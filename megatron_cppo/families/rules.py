@@ -62,11 +62,13 @@ def split_halves(parameter: Tensor, _: ModelShape) -> Sequence[Tensor]:
 class Place:
     """Where Megatron's checkpoints keep a parameter: those of all layers, and experts, are stacked under one key.
 
+    `aliases` are other keys under which some of Megatron-Core's modules ask for the same tensor.
     Example: Place("language_model.decoder.layers.mlp.experts.experts.linear_fc2.weight", (3, 17)): layer, expert.
     """
 
     key: str
     index: tuple[int, ...]
+    aliases: tuple[str, ...] = ()
 
     def sizes(self, shape: ModelShape) -> tuple[int, ...]:
         """How many are stacked, of each number of `index`."""
@@ -80,7 +82,7 @@ class Rule:
     `axis` is the dimension of every Hugging Face tensor that TP cuts; None: replicated. `vocab`: dimension 0 is the
     vocabulary, which Megatron pads with zero rows to a multiple of TP. `expert`: held by one rank of EP, and cut over
     the experts' TP instead. `stored`: what Megatron's checkpoints call it, if not so: as Transformer Engine's modules,
-    which fuse a norm with the product after it.
+    which fuse a norm with the product after it. `also`: what other modules than ours and theirs call it.
     """
 
     megatron: str
@@ -91,6 +93,7 @@ class Rule:
     vocab: bool = False
     expert: bool = False
     stored: str = ""
+    also: str = ""
 
     @property
     def stacks_rows(self) -> bool:
@@ -99,9 +102,9 @@ class Rule:
 
     def place(self, values: Mapping[str, str]) -> Place:
         """Where Megatron's checkpoints keep the parameter of these placeholders."""
-        key = (self.stored or self.megatron).replace("layers.{layer}.", "layers.")
-        key = key.replace("local_experts.{expert}.", "experts.")
-        return Place(key.format(**values), tuple(int(values[name]) for name in ("layer", "expert") if name in values))
+        index = tuple(int(values[name]) for name in ("layer", "expert") if name in values)
+        key, *others = (_key(name).format(**values) for name in (self.stored, self.megatron, self.also) if name)
+        return Place(key, index, tuple(others))
 
     def match(self, name: str) -> dict[str, str] | None:
         """The placeholders' values when `name` is of this kind."""
@@ -154,6 +157,11 @@ def mapped(hf_names: Iterable[str], rules: Sequence[Rule]) -> list[Mapped]:
             "use an unmodified checkpoint of a supported family"
         )
     return found
+
+
+def _key(name: str) -> str:
+    """The key under which all layers, and experts, of a parameter are."""
+    return name.replace("layers.{layer}.", "layers.").replace("local_experts.{expert}.", "experts.")
 
 
 def _pattern(text: str) -> re.Pattern[str]:

@@ -44,6 +44,15 @@ def disk_name(name: str) -> str:
     return name
 
 
+def side_files(folder: Path) -> list[Path]:
+    """The files of a folder that hold no weights: config, tokenizer, processor, templates and what else there is."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_file() and not any(path.match(pattern) for pattern in _WEIGHT_FILES)
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Entry:
     """Where a tensor is: the file, its name there, and for an expert's matrix its place in the tensor of that name."""
@@ -234,9 +243,8 @@ def _write(tensors: Iterator[tuple[str, Tensor]], *, origin: Path, partial: Path
         total += tensor.nbytes
     written.append(_flush(partial, len(written), shard))
     _name_shards(partial, written, total)
-    for path in origin.iterdir():
-        if path.is_file() and not any(path.match(pattern) for pattern in _WEIGHT_FILES):
-            shutil.copy2(path, partial / path.name)
+    for path in side_files(origin):
+        shutil.copy2(path, partial / path.name)
 
 
 def _flush(folder: Path, number: int, tensors: dict[str, Tensor]) -> tuple[Path, list[str]]:

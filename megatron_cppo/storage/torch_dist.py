@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import pickle
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -128,9 +130,12 @@ def _runs(tensor: Tensor) -> Iterator[slice]:
 
 
 @contextmanager
-def data_file(folder: Path, name: str) -> Iterator[DataFile]:
-    """Write the new data file `name` (its ending .distcp is added) of `folder`; on the disk at the end of the block."""
-    with durable.writing(folder / f"{name}.distcp") as stream:
+def data_file(folder: Path, name: str, *, written_as: str = "") -> Iterator[DataFile]:
+    """Write the new data file `name` (its ending .distcp is added) of `folder`; on the disk at the end of the block.
+
+    Until the caller renames it, it is called `written_as`, where that is given.
+    """
+    with durable.writing(folder / (written_as or f"{name}.distcp")) as stream:
         yield DataFile(f"{name}.distcp", stream)
 
 
@@ -151,17 +156,18 @@ def write_index(
     for other, key in (aliases or {}).items():
         if key in stacked:
             stacked[other] = stacked[key]
-    sizes, places = {}, {}
+    sizes, places, once = {}, {}, _Once()
     for key, parts in stacked.items():
         first = parts[0]
         assert all((part.size, part.dtype) == (first.size, first.dtype) for part in parts), f"{key} has several sizes"
-        sizes[key] = TensorStorageMetadata(
+        sizes[once.text(key)] = TensorStorageMetadata(
             TensorProperties(dtype=getattr(torch, first.dtype)),
-            torch.Size(first.size),
-            [ChunkStorageMetadata(torch.Size(part.offset), torch.Size(part.shape)) for part in parts],
+            once.size(first.size),
+            [ChunkStorageMetadata(once.size(part.offset), once.size(part.shape)) for part in parts],
         )
         for part in parts:
-            places[MetadataIndex(key, torch.Size(part.offset))] = _StorageInfo(part.file, part.start, part.length)
+            place = _StorageInfo(once.text(part.file), part.start, part.length)
+            places[MetadataIndex(once.text(key), once.size(part.offset))] = place
     buffer = io.BytesIO()
     torch.save(dict(common), buffer)
     return {
@@ -179,6 +185,20 @@ class _Ignored:
 
     def __setstate__(self, _: object) -> None:
         pass
+
+
+class _Once:
+    """Equal values as one object: a pickle names an object that it has had, so its bytes depend on who is who."""
+
+    def __init__(self) -> None:
+        self._texts: dict[str, str] = {}
+        self._sizes: dict[tuple[int, ...], torch.Size] = {}
+
+    def text(self, value: str) -> str:
+        return self._texts.setdefault(value, value)
+
+    def size(self, value: Sequence[int]) -> torch.Size:
+        return self._sizes.setdefault(tuple(value), torch.Size(value))
 
 
 class _Index(pickle.Unpickler):
@@ -219,6 +239,10 @@ class Folder:
                 self._chunks[key].append(
                     Chunk(key, tuple(tensor.size), dtype, tuple(part.offsets), tuple(part.sizes), *place)
                 )
+        self._reach: dict[str, int] = {}
+        for key, chunks in self._chunks.items():
+            chunks.sort(key=lambda chunk: chunk.offset)
+            self._reach[key] = max((chunk.shape[0] for chunk in chunks if chunk.shape), default=0)
         self._last: tuple[Chunk, Tensor] | None = None
 
     def _read_json(self) -> dict[str, Any]:
@@ -266,30 +290,47 @@ class Folder:
 
     @property
     def num_bytes(self) -> int:
-        """Of all data files, as the index has them."""
-        return sum(chunk.length for chunks in self._chunks.values() for chunk in chunks)
+        """Of all chunks, as the index has them; those of several keys count once."""
+        places = {(chunk.file, chunk.start): chunk.length for chunks in self._chunks.values() for chunk in chunks}
+        return sum(places.values())
 
     def read(self, key: str, *, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
         """The rectangle of `shape` at `offset` of a tensor; reads the chunks that it touches, one at a time.
 
-        Raises TorchDistError when they do not cover it, or are damaged.
+        What comes from one chunk is a view of it: do not write into it. Raises TorchDistError when chunks do not cover
+        the rectangle, or are damaged.
         """
-        found = torch.empty(tuple(shape), dtype=self.dtype(key))
-        covered = 0
-        for chunk in self._chunks[key]:
+        wanted, covered = math.prod(shape), 0
+        found: Tensor | None = None
+        for chunk in self._near(key, offset, shape):
             overlap = _overlap(offset, shape, chunk)
             if overlap is None:
                 continue
             here, there = overlap
             part = self._load(chunk)[there]
+            if part.numel() == wanted:
+                return part
+            if found is None:
+                found = torch.empty(tuple(shape), dtype=self.dtype(key))
             found[here] = part
             covered += part.numel()
-        if covered != found.numel():
+        if covered != wanted:
             raise TorchDistError(
-                f"{self.path}: {key} {tuple(offset)} + {tuple(shape)}: its chunks hold {covered} of {found.numel()} "
+                f"{self.path}: {key} {tuple(offset)} + {tuple(shape)}: its chunks hold {covered} of {wanted} "
                 "numbers; copy the checkpoint again"
             )
-        return found
+        return torch.empty(tuple(shape), dtype=self.dtype(key)) if found is None else found
+
+    def _near(self, key: str, offset: Sequence[int], shape: Sequence[int]) -> Sequence[Chunk]:
+        """The chunks that may touch a rectangle: by the first dimension, which are the layers where they are stacked.
+
+        A folder may hold ten thousands of chunks of one key, of which a reader of it asks as often.
+        """
+        chunks: list[Chunk] = self._chunks[key] if key in self._chunks else self._absent(key)
+        if not offset:
+            return chunks
+        low = bisect_left(chunks, offset[0] - self._reach[key] + 1, key=lambda chunk: chunk.offset[0])
+        return chunks[low : bisect_left(chunks, offset[0] + shape[0], key=lambda chunk: chunk.offset[0])]
 
     def _load(self, chunk: Chunk) -> Tensor:
         if self._last is not None and self._last[0] == chunk:
