@@ -19,6 +19,7 @@ Exit status: 0 done, 2 not done, for the reason that is told.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -35,7 +36,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("source", type=Path, metavar="SOURCE")
     parser.add_argument("target", type=Path, metavar="TARGET")
     parser.add_argument("--like", type=Path, metavar="HF_FOLDER", help="default: what SOURCE or its run knows")
-    parser.add_argument("--workers", type=int, default=1, help="processes, each with one thread (default: 1)")
+    cores = os.cpu_count() or 1
+    parser.add_argument("--workers", type=int, default=cores, help=f"processes (default: one a core, {cores})")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="keep", help="cast every tensor (default: keep)")
     parser.add_argument("--dry-run", action="store_true", help="say what it would take, and do nothing")
     parser.add_argument("--rate", type=float, default=400.0, help="MB/s that --dry-run reckons with (default: 400)")

@@ -13,6 +13,7 @@ Exit status: 0 the same, 1 not the same, 2 could not be compared, for the reason
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -32,7 +33,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("b", type=Path, metavar="B")
     parser.add_argument("--tolerance", type=float, help="largest |a - b| that counts as the same (default: every bit)")
     parser.add_argument("--like", type=Path, metavar="HF_FOLDER", help="whose config.json a Megatron checkpoint has")
-    parser.add_argument("--workers", type=int, default=1, help="processes, each with one thread (default: 1)")
+    cores = os.cpu_count() or 1
+    parser.add_argument("--workers", type=int, default=cores, help=f"processes (default: one a core, {cores})")
     given = parser.parse_args(arguments)
     if given.workers < 1 or (given.tolerance is not None and not given.tolerance >= 0):
         parser.error("--workers must be positive, --tolerance not negative")

@@ -55,10 +55,14 @@ class Location:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The files of a folder and their tensors, and what is said of them in its index; None where there is no index."""
+    """The files of a folder and their tensors, and what is said of them in its index; None where there is no index.
+
+    `text` is that index as it was written, "" where it is not known.
+    """
 
     files: Mapping[str, Header]
     index: Mapping[str, Any] | None
+    text: str = ""
 
     @property
     def stored(self) -> dict[str, tuple[str, Stored]]:
@@ -120,7 +124,7 @@ def of_folder(folder: Path) -> Layout:
             f"{folder} lacks {len(absent)} tensors that its index lists, first {absent[0]!r}; a shard is missing, "
             "copy the checkpoint again"
         )
-    return Layout(files, index.get("metadata", {}))
+    return Layout(files, index.get("metadata", {}), (folder / pretrained.INDEX).read_text())
 
 
 def _index(folder: Path) -> dict[str, Any] | None:
@@ -145,7 +149,7 @@ def to_json(layout: Layout) -> str:
         }
         for file, header in layout.files.items()
     }
-    return json.dumps({"files": files, "index": layout.index}, indent=1) + "\n"
+    return json.dumps({"files": files, "index": layout.index, "text": layout.text}, indent=1) + "\n"
 
 
 def from_json(path: Path) -> Layout:
@@ -163,7 +167,8 @@ def from_json(path: Path) -> Layout:
         unknown = {stored.dtype for header in files.values() for stored in header.tensors} - DTYPES.keys()
         if outside or unknown:
             raise ValueError(f"files {outside[:3]}, dtypes {sorted(unknown)[:3]}")
-        return Layout(files, told["index"])
+        json.loads(told["text"] or "{}")
+        return Layout(files, told["index"], str(told["text"]))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{path} cannot be read ({error!r}); copy the checkpoint again") from error
 
@@ -182,15 +187,18 @@ def with_dtypes(layout: Layout, dtypes: Mapping[str, torch.dtype]) -> Layout:
             for file, header in layout.files.items()
         },
         layout.index,
+        layout.text,
     )
 
 
 def index_text(layout: Layout) -> str | None:
-    """The index of a folder in this layout; None when it needs none."""
+    """The index of a folder in this layout: as it was written, where that is still true; None when it needs none."""
     if layout.index is None and len(layout.files) == 1:
         return None
     stored = layout.stored.values()
     total = {"total_size": sum(tensor.num_bytes for _, tensor in stored)}
     weight_map = {tensor.name: file for file, tensor in stored}
     index = {"metadata": {**(layout.index or {}), **total}, "weight_map": dict(sorted(weight_map.items()))}
+    if layout.text and json.loads(layout.text) == index:
+        return layout.text
     return json.dumps(index, indent=2) + "\n"

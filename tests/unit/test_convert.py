@@ -91,8 +91,8 @@ def make_source(
         save_file({name: tensors[name] for name in mine}, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(mine, file)
     total = sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items(), reverse=True))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=3))  # as nobody writes it by himself
     return folder
 
 
