@@ -230,11 +230,14 @@ def _after_update(run: Run, step: int, groups: Sequence[Group], batch: Batch, be
         )
         return in_a_row
     unsaved = ""
-    _finish_save(run, wait=True)
+    try:
+        _finish_save(run, step, wait=True)
+    except SaveError as error:
+        unsaved = f"\n{error}"
     try:
         run.policy.save(folder / CHECKPOINT, at_step=step, progress={"skipped_in_a_row": in_a_row}, keep=1)
     except SaveError as error:
-        unsaved = f"\nthe weights that they saw could not be kept: {error}"
+        unsaved += f"\nthe weights that they saw could not be kept: {error}"
     raise NonFiniteError(
         f"{which} skipped, as loss or gradient is not finite: {in_a_row} in a row, and trainer.max_skipped_updates is "
         f"{trainer.max_skipped_updates}\n"
@@ -255,7 +258,7 @@ def _after(run: Run, step: int, batch: Batch, in_a_row: int) -> None:
         run.log.samples(step, batch.samples, run.policy.statistics())
     if _evaluates(run, step):
         _evaluate(run, step)
-    _finish_save(run, wait=False)
+    _finish_save(run, step, wait=False)
     if step == trainer.num_steps or _due(step, trainer.save_every_steps):
         _save(run, step, {"skipped_in_a_row": in_a_row})
 
@@ -263,7 +266,7 @@ def _after(run: Run, step: int, batch: Batch, in_a_row: int) -> None:
 def _save(run: Run, step: int, progress: dict[str, Any]) -> None:
     """Save a checkpoint; all but the last one while the run goes on."""
     trainer, last = run.config.trainer, step == run.config.trainer.num_steps
-    _finish_save(run, wait=True)
+    _finish_save(run, step, wait=True)
     with _saves(run, step), run.log.phase("save", 1) as advance:
         run.policy.save(
             _checkpoints(run),
@@ -276,12 +279,12 @@ def _save(run: Run, step: int, progress: dict[str, Any]) -> None:
         advance(1)
 
 
-def _finish_save(run: Run, *, wait: bool) -> None:
-    """Publish the checkpoint that is being written, if all of it is; or `wait` for it."""
+def _finish_save(run: Run, now: int, *, wait: bool) -> None:
+    """At the end of step `now`, publish the checkpoint that is being written, if all of it is; or `wait` for it."""
     step = run.policy.saving_step
     if step is None:
         return
-    with _saves(run, step):
+    with _saves(run, step, superseded=now == run.config.trainer.num_steps):
         if not wait:
             run.policy.finish_save(wait=False)
             return
@@ -291,15 +294,19 @@ def _finish_save(run: Run, *, wait: bool) -> None:
 
 
 @contextmanager
-def _saves(run: Run, step: int) -> Iterator[None]:
+def _saves(run: Run, step: int, *, superseded: bool = False) -> Iterator[None]:
     """A checkpoint that cannot be written ends the run, or is counted, as configured.
 
-    After the last step it ends the run in any case, but not before the export, the run's result, was tried.
+    After the last step it ends the run in any case, but not before the export, the run's result, was tried. One that is
+    `superseded`, as the last step's comes right after it, is counted.
     """
     trainer = run.config.trainer
     try:
         yield
     except SaveError as error:
+        if superseded:
+            run.log.failure(step, "checkpoint", str(error))
+            return
         if step == trainer.num_steps:
             try:
                 _export(run)

@@ -37,6 +37,7 @@ from typing import Any, TextIO
 
 from megatron_cppo.config import Config, ConfigError, UserError
 from megatron_cppo.progress import Progress, brief, duration
+from megatron_cppo.resume import refuse_other_config
 from megatron_cppo.types import ImageKey, Sample, SampleStatistics
 from megatron_cppo.watchdog import Watch
 
@@ -346,74 +347,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return objects
 
 
-LAYOUT = frozenset(
-    {
-        "trainer.num_gpus",
-        "policy.tensor_parallel",
-        "policy.sequence_parallel",
-        "policy.context_parallel",
-        "policy.pipeline_parallel",
-        "policy.virtual_pipeline",
-        "policy.layers_per_stage",
-        "policy.expert_parallel",
-        "policy.recompute",
-        "policy.recompute_vision",
-        "policy.max_tokens_per_microbatch",
-        "policy.distributed_optimizer",
-        "policy.reference",
-    }
-)
-"""The fields that say who computes what, and when: the numbers are the same but for rounding."""
-RESUMABLE = LAYOUT | frozenset(
-    {
-        "trainer.run_dir",  # the folder may have been moved, or be spelled in another way
-        "trainer.keep_checkpoints",
-        "trainer.keep_every_steps",
-        "trainer.save_in_background",
-        "trainer.on_save_failure",
-        "trainer.max_skipped_updates",
-        "trainer.hang_minutes",
-        "trainer.wandb_project",
-        "debug.save_rollouts",
-        "debug.replay",
-    }
-)
-"""The fields in which a run may be resumed with other values."""
-
-
-def refuse_other_config(run_dir: Path, config: Config) -> None:
-    """Raise ConfigError when `run_dir` holds steps or checkpoints of a run of another config than `config`.
-
-    `RESUMABLE` may differ. A folder whose run failed before its first step may be used again.
-    """
-    path = run_dir / "config.json"
-    metrics = run_dir / "metrics.jsonl"
-    started = (metrics.exists() and metrics.stat().st_size) or any((run_dir / "checkpoints").glob("step_*"))
-    if not path.exists() or not started:
-        return
-    try:
-        saved = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON ({error}); fix: delete it, or choose another trainer.run_dir") from error
-    if not isinstance(saved, dict) or not all(isinstance(fields, dict) for fields in saved.values()):
-        raise ConfigError(f"{path} is no saved config; fix: delete it, or choose another trainer.run_dir")
-    # A field that is younger than the run had what is now its default.
-    defaults, there = _flat(json.loads(json.dumps(dataclasses.asdict(Config())))), _flat(saved)
-    there = {name: value for name, value in defaults.items() if name not in there} | there
-    here = _flat(json.loads(json.dumps(dataclasses.asdict(config))))
-    names = sorted(there.keys() | here.keys())
-    differing = [name for name in names if name not in RESUMABLE and there.get(name) != here.get(name)]
-    if differing:
-        lines = [
-            f"  {name}: {there.get(name, 'absent')!r} there, {here.get(name, 'absent')!r} here" for name in differing
-        ]
-        raise ConfigError(
-            f"{path.parent} holds a run of another config:\n" + "\n".join(lines) + "\n"
-            f"fix: choose another --trainer.run_dir, or resume that run with its own config ({path}), "
-            "or delete the folder"
-        )
-
-
 def _locked(run_dir: Path) -> TextIO:
     """The folder's lock, held while the returned file is open. Raises ConfigError when another process holds it."""
     file = (run_dir / ".lock").open("w")
@@ -425,10 +358,6 @@ def _locked(run_dir: Path) -> TextIO:
             f"another process is running in {run_dir}; wait for it, end it, or choose another --trainer.run-dir"
         ) from error
     return file
-
-
-def _flat(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    return {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}
 
 
 def _import_wandb(project: str) -> Any:

@@ -106,9 +106,9 @@ def _task(environment: Mapping[str, str], plan: Plan, device: str) -> launch.Tas
 
 def check_all(config: Config) -> Plan:
     """The plan of `config`. Raises one ConfigError with the problems of plan, checkpoint, rewards and run folder."""
+    from megatron_cppo.resume import refuse_other_config
     from megatron_cppo.rewards import parse_terms
     from megatron_cppo.rewards import resolve as resolve_reward
-    from megatron_cppo.runlog import refuse_other_config
     from megatron_cppo.saved import refuse_incomplete
 
     problems: list[str] = []

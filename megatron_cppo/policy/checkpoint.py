@@ -129,6 +129,9 @@ def finish(save: Unpublished) -> Path:
         if any(faults):
             told = "; ".join(fault for fault in faults if fault)
             raise OSError(errno.EIO, f"{told}: something else writes there", str(unfinished))
+        incomplete = torch_dist.incomplete(chunks)
+        if incomplete:
+            raise OSError(errno.EIO, f"numbers are missing of {incomplete[:4]}", str(unfinished))
         files.write_manifest(unfinished, written)
         durable.publish(unfinished, save.final)
         files.prune(folder, keep=save.keep, keep_every=save.keep_every)
@@ -218,7 +221,7 @@ def _fill(item: held.Item, stored: torch_dist.Folder) -> None:
     item.tensor.zero_()
     for piece in item.held.pieces(item.start, item.start + item.tensor.numel()):
         read = stored.read(item.key, offset=piece.offset, shape=piece.shape)
-        item.tensor[piece.start - item.start : piece.stop - item.start].copy_(read.view(-1))
+        item.tensor[piece.start - item.start : piece.stop - item.start].copy_(read.reshape(-1))
 
 
 def _random_states() -> dict[str, Any]:
@@ -303,15 +306,19 @@ def initialise_adam(trained: Trained) -> None:
 
 
 def restore_adam_steps(trained: Trained) -> None:
-    """After a load, give each parameter of torch's Adam a `step` of its own, the number of updates so far.
+    """After a load, tell Adam the number of updates so far, on which its correction of the moments depends.
 
-    Megatron-Core 0.16.1 loads one tensor for all parameters, which each of them then increments, and overwrites it
-    with what the fresh optimizer had. A skipped update moves neither Adam nor the schedule, so the schedule has counted
-    them.
+    torch's Adam keeps a `step` of each parameter, of which Megatron-Core 0.16.1 loads one tensor for all (each of them
+    then increments it) and overwrites that with what the fresh optimizer had; TE's and Apex's keep one of each group. A
+    skipped update moves neither Adam nor the schedule, so the schedule has counted them.
     """
     for inner in held.inner_optimizers(trained):
-        for state in _torch_adam_states(inner):
-            state["step"] = torch.tensor(float(trained.schedule.num_steps))
+        if isinstance(inner.optimizer, torch.optim.Adam):
+            for state in inner.optimizer.state.values():
+                state["step"] = torch.tensor(float(trained.schedule.num_steps))
+        else:
+            for group in inner.optimizer.param_groups:
+                group["step"] = trained.schedule.num_steps
 
 
 def _torch_adam_states(inner: Any) -> list[dict[str, Any]]:

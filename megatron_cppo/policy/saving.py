@@ -7,6 +7,8 @@ from the live tensors meanwhile; only what is not written when they are about to
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from collections import deque
 from collections.abc import Iterable
@@ -48,6 +50,7 @@ class Saving:
 
     def __init__(self, pieces: Iterable[Piece], folder: Path, name: str, *, background: bool) -> None:
         self._pieces = deque(pieces)
+        self._name = name
         self._lock = threading.Lock()
         self.copied_bytes = 0
         """Host memory that `detach` has taken."""
@@ -63,20 +66,26 @@ class Saving:
     def detach(self) -> None:
         """Let the tensors change from now on: copy what is not written yet. Waits for at most one piece."""
         with self._lock:
-            for _ in range(len(self._pieces)):
-                piece = self._pieces.popleft()
+            for number, piece in enumerate(self._pieces):
                 copy = piece.tensor.detach().to("cpu", copy=True)
                 self.copied_bytes += copy.nbytes
-                self._pieces.append(Piece(piece.key, piece.size, piece.offset, copy))
+                self._pieces[number] = Piece(piece.key, piece.size, piece.offset, copy)
 
     def result(self) -> Written:
-        """The file; waits for it. Raises OSError where the file system refused."""
-        return self._written.result()
+        """The file; waits for it. Raises OSError where the file system refused, or memory ran out."""
+        try:
+            return self._written.result()
+        except MemoryError as error:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), self._name) from error
 
     def _write(self, folder: Path, name: str) -> Written:
-        with torch_dist.data_file(folder, name) as file:
-            while self._write_one(file):
-                pass
+        try:
+            with torch_dist.data_file(folder, name) as file:
+                while self._write_one(file):
+                    pass
+        finally:
+            with self._lock:  # where writing failed, nothing more is to be copied
+                self._pieces.clear()
         return Written(file.name, file.contents, file.chunks)
 
     def _write_one(self, file: torch_dist.DataFile) -> bool:

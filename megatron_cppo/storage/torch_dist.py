@@ -99,10 +99,11 @@ class DataFile:
 
     def add(self, key: str, tensor: Tensor, *, size: Sequence[int], offset: Sequence[int]) -> None:
         """Append `tensor`, which lies at `offset` in the tensor `key` of `size`. Raises OSError."""
-        for rows in _runs(tensor):
-            part, at = tensor[rows] if tensor.dim() else tensor, list(offset)
+        for dim, start, stop in _runs(tensor):
+            part, at = tensor, list(offset)
             if tensor.dim():
-                at[0] += rows.start
+                part = tensor.narrow(dim, start, stop - start)
+                at[dim] += start
             part = part.detach().cpu().contiguous()
             if part.untyped_storage().nbytes() != part.nbytes:
                 part = part.clone()  # torch.save writes all of a storage
@@ -119,14 +120,24 @@ class DataFile:
         return self._stream.contents
 
 
-def _runs(tensor: Tensor) -> Iterator[slice]:
-    """Rows that are at most CHUNK_BYTES together (or a single row)."""
-    if not tensor.dim() or not tensor.shape[0]:
-        yield slice(0, 1)
-        return
-    rows = max(1, CHUNK_BYTES * tensor.shape[0] // max(1, tensor.nbytes))
-    for start in range(0, tensor.shape[0], rows):
-        yield slice(start, min(start + rows, tensor.shape[0]))
+def _runs(tensor: Tensor) -> Iterator[tuple[int, int, int]]:
+    """(dimension, start, stop) of parts of at most CHUNK_BYTES (or of a single row).
+
+    The dimension is the first that can be cut: those of a stack of layers, and experts, are one.
+    """
+    dim = next((dim for dim, size in enumerate(tensor.shape) if size > 1), 0)
+    count = tensor.shape[dim] if tensor.dim() else 1
+    rows = max(1, CHUNK_BYTES * count // max(1, tensor.nbytes))
+    for start in range(0, max(1, count), rows):
+        yield dim, start, min(start + rows, count)
+
+
+def incomplete(chunks: Iterable[Chunk]) -> list[str]:
+    """The tensors of which `chunks` are not all, or more than that."""
+    found: dict[tuple[str, tuple[int, ...]], int] = defaultdict(int)
+    for chunk in chunks:
+        found[chunk.key, chunk.size] += math.prod(chunk.shape)
+    return sorted(key for (key, size), count in found.items() if count != math.prod(size))
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_cppo import families
 from megatron_cppo.algo.objective import OBJECTIVES
+from megatron_cppo.convert.checkpoints import MegatronCheckpoint, Model
 from megatron_cppo.data.packing import build_batch
 from megatron_cppo.families.rules import mapped
 from megatron_cppo.storage import torch_dist
@@ -66,9 +67,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Seen:
-    """What rank 0 saw: the gradient after the load, and whether Megatron-Core's loader gave this rank its weights."""
+    """What a rank saw: the gradient after the load, what its engine would get, and what Megatron-Core's loader gave it
+    otherwise."""
 
     gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
     read_by_megatron: list[str]
 
 
@@ -97,8 +100,9 @@ def run_case(case: Case, world_size: int) -> Seen:
     gradients = {}
     if not case.layout.distributed_optimizer and case.precision == "fp32":
         gradients = next_gradients(policy, planned(plan, 2))
+    weights = {name: tensor.detach().clone() for name, tensor in policy.weights()}
     process_groups.destroy()
-    return Seen(gradients, unlike)
+    return Seen(gradients, weights, unlike)
 
 
 def fill(policy: Any) -> None:
@@ -174,7 +178,7 @@ PAIRS = [(family, source, target) for family, source in SOURCES for target in la
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Any, list[Seen]]]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Any, list[Seen]], dict[str, str]]:
     root = tmp_path_factory.mktemp("resharded")
     models = {
         family: tiny_model.make_checkpoint(
@@ -200,7 +204,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Any, list
         )
         for family, source, target in PAIRS
     }
-    return root, found | run_all(second)
+    return root, found | run_all(second), models
 
 
 def folder(root: Path, family: str, *layouts: Layout) -> Path:
@@ -211,7 +215,7 @@ def folder(root: Path, family: str, *layouts: Layout) -> Path:
     ("family", "source", "target"), PAIRS, ids=[f"{family}, {a.name} to {b.name}" for family, a, b in PAIRS]
 )
 def test_a_checkpoint_of_one_layout_is_another_ones(family: str, source: Layout, target: Layout, runs: Any) -> None:
-    root, seen = runs
+    root, seen, _ = runs
     written = torch_dist.Folder(folder(root, family, source) / "step_000002")
     again = torch_dist.Folder(folder(root, family, source, target) / "step_000002")
     assert written.keys == again.keys
@@ -225,6 +229,21 @@ def test_a_checkpoint_of_one_layout_is_another_ones(family: str, source: Layout,
     assert all(rank.read_by_megatron == [] for rank in seen[family, source.name, target.name])
 
 
+@pytest.mark.parametrize(
+    ("family", "source", "target"), PAIRS, ids=[f"{family}, {a.name} to {b.name}" for family, a, b in PAIRS]
+)
+def test_the_offline_converter_finds_what_the_engine_gets(
+    family: str, source: Layout, target: Layout, runs: Any
+) -> None:
+    root, seen, models = runs
+    wanted = seen[family, source.name][0].weights
+    saved = folder(root, family, source, target) / "step_000002"
+    found = MegatronCheckpoint(saved, Model.of(Path(models[family])))
+    assert found.sizes.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(found.rows(name, 0, tensor.shape[0]), tensor), name
+
+
 def whole(stored: torch_dist.Folder, key: str) -> Tensor:
     size = stored.size(key)
     return stored.read(key, offset=[0] * len(size), shape=size)
@@ -232,7 +251,7 @@ def whole(stored: torch_dist.Folder, key: str) -> Tensor:
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in PRECISIONS])
 def test_the_next_gradient_does_not_depend_on_the_layout(family: str, runs: Any) -> None:
-    _, seen = runs
+    _, seen, _ = runs
     for source in layouts_of(family)[:2]:
         every = {
             target.name: seen[family, source.name, target.name][0].gradients

@@ -11,7 +11,7 @@ from megatron_cppo import config as configuration
 from megatron_cppo.config import AlgorithmConfig, Config, ConfigError, DebugConfig, TrainerConfig
 from megatron_cppo.loop import loop_of, reinforce, sample, supervise
 from megatron_cppo.plan import resolve
-from megatron_cppo.runlog import RESUMABLE, refuse_other_config
+from megatron_cppo.resume import PACKING, RESUMABLE, refuse_other_config
 
 
 def problems(tmp_path: Path, objective: str = "cppo", **debug: object) -> str:
@@ -77,3 +77,22 @@ def test_a_run_may_be_resumed_with_another_layout_or_what_changes_no_number(name
 def test_everything_else_makes_another_run(name: str, started: Path) -> None:
     with pytest.raises(ConfigError, match=f"  {name}: "):
         refuse_other_config(started, changed(name))
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [("policy", "oversized_samples", "drop"), ("perception", "aggregation", "microbatch")],
+)
+def test_where_the_loss_depends_on_the_rows_so_does_the_run(
+    section: str, field: str, value: str, tmp_path: Path
+) -> None:
+    def with_option(config: Config) -> Config:
+        return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{field: value})})
+
+    configuration.save(with_option(Config()), tmp_path / "config.json")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    for name in sorted(RESUMABLE - PACKING):
+        refuse_other_config(tmp_path, with_option(changed(name)))
+    for name in sorted(PACKING):
+        with pytest.raises(ConfigError, match=f"  {name}: "):
+            refuse_other_config(tmp_path, with_option(changed(name)))

@@ -18,7 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_cppo.config import ConfigError
 from megatron_cppo.progress import Progress, duration
-from megatron_cppo.runlog import RunLog, read_lines, refuse_other_config
+from megatron_cppo.resume import refuse_other_config
+from megatron_cppo.runlog import RunLog, read_lines
 from megatron_cppo.types import Sample, SampleStatistics
 from tests.unit.example_run import Clock, answers, example_config, example_log, write_run
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from megatron_cppo.policy.checkpoint import restore_adam_steps
 from megatron_cppo.policy.saving import Piece, Saving
 from megatron_cppo.storage import torch_dist
 from megatron_cppo.storage.rectangles import Held, Rows, rectangles, share
@@ -83,3 +86,28 @@ def test_padding_is_stored_nowhere() -> None:
     held = Held("embedding", (5, 2), (), (3, 2), (Rows(0, 2, 3),))
     assert [tuple(piece) for piece in held.pieces(0, 6)] == [(0, 4, (3, 0), (2, 2))]
     assert list(held.pieces(4, 6)) == []
+
+
+def test_after_a_refusal_nothing_more_is_copied(tmp_path: Path) -> None:
+    saving = Saving(pieces(tensors()), tmp_path / "absent", "__0_0", background=False)
+    saving.detach()
+    assert saving.copied_bytes == 0
+
+
+def test_an_adam_that_counts_by_groups_is_told_of_the_updates_so_far() -> None:
+    """Transformer Engine's and Apex's: their first update after a load would else correct warm moments as if cold."""
+
+    class Grouped(torch.optim.SGD):
+        """Keeps its count where those do."""
+
+    updates = 7
+    weight = torch.nn.Parameter(torch.zeros(2))
+    grouped, plain = Grouped([weight], lr=0.1), torch.optim.AdamW([weight], lr=0.1)
+    plain.state[weight] = {"step": torch.zeros(()), "exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2)}
+    chained = [SimpleNamespace(optimizer=grouped), SimpleNamespace(optimizer=plain)]
+    trained: Any = SimpleNamespace(
+        optimizer=SimpleNamespace(chained_optimizers=chained), schedule=SimpleNamespace(num_steps=updates)
+    )
+    restore_adam_steps(trained)
+    assert [group["step"] for group in grouped.param_groups] == [updates]
+    assert float(plain.state[weight]["step"]) == updates

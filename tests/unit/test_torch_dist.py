@@ -205,3 +205,22 @@ def test_an_unfinished_folder_and_another_format_are_told(tmp_path: Path) -> Non
     assert "only torch_dist is supported" in str(_raised(lambda: Folder(tmp_path / "c")))
     told.unlink()
     assert "it is no Megatron checkpoint, or unfinished" in str(_raised(lambda: Folder(tmp_path / "c")))
+
+
+def test_large_chunks_are_cut_also_in_a_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer's matrix has one row of the stack: it is its own rows that are cut."""
+    monkeypatch.setattr(torch_dist, "CHUNK_BYTES", 1000)
+    stack = torch.arange(2 * 3 * 50 * 10.0).view(2, 3, 50, 10)
+    with torch_dist.data_file(tmp_path, "__0_0") as file:
+        for layer in range(2):
+            for expert in range(3):
+                part = stack[layer : layer + 1, expert : expert + 1]
+                file.add("stack", part, size=stack.shape, offset=(layer, expert, 0, 0))
+        file.add("number", torch.tensor(3.0), size=(), offset=())
+    assert {chunk.shape for chunk in file.chunks if chunk.key == "stack"} == {(1, 1, 25, 10)}
+    assert torch_dist.incomplete(file.chunks) == []
+    assert torch_dist.incomplete(file.chunks[1:]) == ["stack"]
+    torch_dist.write_index(tmp_path, file.chunks, common={})
+    folder = torch_dist.Folder(tmp_path)
+    assert torch.equal(folder.read("stack", offset=(0, 1, 20, 3), shape=(2, 2, 10, 4)), stack[:, 1:3, 20:30, 3:7])
+    assert folder.read("number", offset=(), shape=()) == 3.0
