@@ -1,4 +1,4 @@
-"""Which run may go on in a run folder: the same one, but for what changes none of its numbers. Knows plain files only."""
+"""Which run may go on in a run folder: the same one, but for what changes none of its numbers."""
 
 from __future__ import annotations
 
