@@ -24,9 +24,15 @@ def together(work: Callable[[], T], folder: Path, error: Callable[[list[str]], U
         mine = (work(), "")
     except OSError as refused:
         mine = (None, durable.describe(refused, folder))
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, mine)
+    every = everywhere(mine)
     failed = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(every) if text]
     if failed:
         raise error(failed)
     return [result for result, _ in every]
+
+
+def everywhere(mine: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """What every rank of `group` (None: of all) has as `mine`. Called by all of them."""
+    every: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(every, mine, group=group)
+    return every

@@ -34,7 +34,7 @@ with warnings.catch_warnings():
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_cppo.policy import held
-from megatron_cppo.policy.agreement import together
+from megatron_cppo.policy.agreement import everywhere, together
 from megatron_cppo.policy.build import Trained
 from megatron_cppo.policy.groups import Groups
 from megatron_cppo.policy.saving import BYTES_PER_PIECE, Piece, Saving, Written
@@ -84,7 +84,7 @@ def begin(
     failure = _failure_of(final)
     mine = sum(piece.tensor.nbytes for piece in pieces) + BYTES_PER_PIECE * len(pieces)
     wanted = sum(together(lambda: mine, folder, failure))
-    random = {"layout": _layout(trained.groups), "states": held.everywhere(_random_states(), trained.groups.world)}
+    random = {"layout": _layout(trained.groups), "states": everywhere(_random_states(), trained.groups.world)}
     text = json.dumps({"step": step, **progress}) + "\n"
 
     def prepare() -> dict[str, Contents]:
@@ -144,7 +144,7 @@ def finish(save: Unpublished) -> Path:
 
 def all_done(save: Unpublished, groups: Groups) -> bool:
     """Whether `finish` would wait for no rank. Called by all ranks."""
-    return all(held.everywhere(save.saving.is_done, groups.world))
+    return all(everywhere(save.saving.is_done, groups.world))
 
 
 def _failure_of(final: Path) -> Callable[[list[str]], SaveError]:

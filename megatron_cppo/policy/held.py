@@ -6,12 +6,11 @@ moments, whatever the layout: each rank knows which rectangles of them are its o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_cppo.families.rules import Binding
@@ -143,10 +142,3 @@ def _owned(inner: Any, parameter: nn.Parameter) -> tuple[int, dict[str, Tensor],
 def inner_optimizers(trained: Trained) -> list[Any]:
     """Megatron-Core's optimizers under the one that chains them (experts have their own)."""
     return getattr(trained.optimizer, "chained_optimizers", [trained.optimizer])
-
-
-def everywhere(mine: Any, group: dist.ProcessGroup) -> Sequence[Any]:
-    """What every rank of `group` has. Called by all of them."""
-    every: list[Any] = [None] * group.size()
-    dist.all_gather_object(every, mine, group=group)
-    return every

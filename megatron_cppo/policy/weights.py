@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from megatron_cppo import families
 from megatron_cppo.config import ConfigError
 from megatron_cppo.families.rules import Binding, bind, whole_shapes
+from megatron_cppo.policy.agreement import everywhere
 from megatron_cppo.policy.groups import Groups
 from megatron_cppo.policy.model import VisionLanguageModel
 from megatron_cppo.storage.hf_folder import Reader, pad_rows, vocabulary_rows
@@ -68,14 +68,14 @@ def load(chunks: Chunks, folder: str) -> None:
     bound, groups = bindings(chunks), chunks[0].groups
     problems: list[str] = []
     with Reader(folder) as reader:
-        every = _gathered({name for binding in bound for name in binding.hf_names}, groups.world)
+        every = everywhere({name for binding in bound for name in binding.hf_names}, groups.world)
         _compare_names(set().union(*every), reader.names, folder)
         for binding in bound:
             try:
                 binding.parameter.data.copy_(_read_shard(binding, reader, chunks[0]))
             except ConfigError as error:
                 problems.append(str(error))
-    found = sorted(set().union(*_gathered(set(problems), groups.world)))
+    found = sorted(set().union(*everywhere(set(problems), groups.world)))
     if found:
         listed = "; ".join(found[:4]) + (f"; and {len(found) - 4} more" if len(found) > 4 else "")
         raise ConfigError(f"model.path: {folder!r}: config and weights do not match: {listed}")
@@ -127,7 +127,7 @@ def stream(
     copies = shape.tied and not groups.is_first_stage
     bound = [b for b in bindings(chunks) if not (copies and b.rule.vocab)]
     announced = [(tensor_of(b.parameter).dtype, _announced(b, chunks[0])) for b in bound]
-    for stage, announcement in enumerate(_gathered(announced, pipeline)):
+    for stage, announcement in enumerate(everywhere(announced, pipeline)):
         if stage == pipeline.rank():
             for binding in bound:
                 with torch.no_grad():
@@ -190,9 +190,3 @@ def _sent(whole: Tensor, pipeline: dist.ProcessGroup, stage: int) -> Tensor:
     whole = whole.contiguous()
     dist.broadcast(whole, group=pipeline, group_src=stage)
     return whole
-
-
-def _gathered(mine: Any, group: dist.ProcessGroup) -> list[Any]:
-    every: list[Any] = [None] * group.size()
-    dist.all_gather_object(every, mine, group=group)
-    return every
