@@ -213,11 +213,11 @@ class _Once:
         return self._sizes.setdefault(tuple(value), torch.Size(value))
 
 
-def _member(kind: Any, name: str) -> Any:
+def _member(kind: Any, name: str, *default: Any) -> Any:
     """A member of one of the format's enumerations, or of what is ignored; nothing else has attributes here."""
     if kind is _Ignored:
         return _Ignored()
-    if isinstance(kind, type) and issubclass(kind, enum.Enum) and name in kind.__members__:
+    if not default and isinstance(kind, type) and issubclass(kind, enum.Enum) and name in kind.__members__:
         return kind[name]
     raise pickle.UnpicklingError(f"it asks for {name} of {kind!r}, which is not of this format")
 
