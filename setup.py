@@ -31,6 +31,7 @@ setup(
         "pillow>=10.1",
         "pyarrow>=15",
         "math-verify==0.9.0",  # another version is another grader: rewards and scores would not compare
+        "xxhash>=3.4",
         "psutil>=5.9",  # Megatron-Core's checkpoint writer imports it without asking for it
         "tensorboard>=2.16",
         "tyro>=0.9,<2",

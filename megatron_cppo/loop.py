@@ -70,6 +70,7 @@ def reinforce(run: Run) -> None:
             old = checks or plan.scores_old_logp
             with record.span("score"), log.phase("score", scoring_rows(batch) * (old + plan.uses_reference)) as advance:
                 scored = policy.score(batch, old=old, reference=plan.uses_reference, advance=advance)
+            _finish_save(run, step, wait=False)
             with record.span("update"), log.phase("update", rows_per_rank(batch)) as advance:
                 metrics = policy.update(scored, advance)
             record.add(metrics)
@@ -280,7 +281,7 @@ def _save(run: Run, step: int, progress: dict[str, Any]) -> None:
 
 
 def _finish_save(run: Run, now: int, *, wait: bool) -> None:
-    """At the end of step `now`, publish the checkpoint that is being written, if all of it is; or `wait` for it."""
+    """In step `now`, publish the checkpoint that is being written, if all of it is; or `wait` for it."""
     step = run.policy.saving_step
     if step is None:
         return

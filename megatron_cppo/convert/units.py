@@ -1,7 +1,7 @@
 """Work that survives its process: units, each of which becomes one file, done once whatever kills whom.
 
     TARGET.partial/plan.json       what is being made, of what; another plan is refused
-    TARGET.partial/units/*.json    a finished unit: its file, size and SHA-256, and what else its maker tells
+    TARGET.partial/units/*.json    a finished unit: its file, size and XXH3, and what else its maker tells
     TARGET.partial/files/          the files; renamed to TARGET when all is there
 
 A file is written under another name, synced and renamed, and only then its record is published, by a rename too. So a

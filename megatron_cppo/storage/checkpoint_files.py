@@ -1,7 +1,7 @@
 """Training checkpoints as folders: which are whole, which are damaged and where, which may go.
 
     checkpoints/step_000012/            published: it was whole when it got this name
-        manifest.json                   size and SHA-256 of every other file; written last
+        manifest.json                   size and XXH3 of every other file; written last
     checkpoints/damaged_step_000011/    found to be damaged, and kept for inspection
     checkpoints/.partial_*, .deleted_*, .replaced_*    of a process that ended before it was done
 
@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import hashlib
 import json
 import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import xxhash
 
 from megatron_cppo.config import UserError
 from megatron_cppo.storage import durable
@@ -96,7 +97,7 @@ def clean(folder: Path) -> None:
 def write_manifest(folder: Path, files: Mapping[str, Contents]) -> None:
     """Write what the files of `folder` (names -> contents) must be, and a hash of that."""
     listed = {name: dataclasses.asdict(contents) for name, contents in sorted(files.items())}
-    text = json.dumps({"files": listed, "sha256": _digest(listed)}, indent=1)
+    text = json.dumps({"files": listed, "xxh3_128": _digest(listed)}, indent=1)
     durable.write(folder / MANIFEST, (text + "\n").encode())
 
 
@@ -109,7 +110,7 @@ def _candidate(path: Path) -> Candidate:
     try:
         told = json.loads((path / MANIFEST).read_bytes())
         files = {name: Contents(**contents) for name, contents in told["files"].items()}
-        if told["sha256"] != _digest(told["files"]):
+        if told["xxh3_128"] != _digest(told["files"]):
             return Candidate(path, {}, f"{MANIFEST} is not as it was written")
     except FileNotFoundError:
         return Candidate(path, {}, f"{MANIFEST} is missing")
@@ -148,7 +149,7 @@ def find_fault(path: Path, promised: Contents) -> str:
     if found.size != promised.size:
         return f"{path.name} has {found.size} bytes, expected {promised.size}"
     if found != promised:
-        return f"{path.name} has SHA-256 {found.sha256[:12]}..., expected {promised.sha256[:12]}..."
+        return f"{path.name} has XXH3 {found.xxh3_128[:12]}..., expected {promised.xxh3_128[:12]}..."
     return ""
 
 
@@ -196,4 +197,4 @@ def room(folder: Path, *, wanted_bytes: int) -> None:
 
 
 def _digest(listed: object) -> str:
-    return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
+    return xxhash.xxh3_128(json.dumps(listed, sort_keys=True).encode()).hexdigest()

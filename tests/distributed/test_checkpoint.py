@@ -267,5 +267,5 @@ def test_damaged_ones_are_named_and_set_aside_and_old_ones_go(layout: str, runs:
         none, short, flipped = state.warned
         assert "step_000009 is damaged: manifest.json is missing; it is not used, and kept as damaged_step_0" in none
         assert "step_000008 is damaged: .metadata has 1000 bytes, expected " in short
-        assert "step_000007 is damaged: __1_0.distcp has SHA-256 " in flipped
+        assert "step_000007 is damaged: __1_0.distcp has XXH3 " in flipped
         assert runs.whole[layout][0].warned == []

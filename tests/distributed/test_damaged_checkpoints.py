@@ -117,7 +117,7 @@ def test_the_newest_whole_one_is_chosen(damage: str, name: str, found: dict[str,
     assert seen.names == ["damaged_step_000003", "step_000001", "step_000002"]
     (text,) = seen.warned
     fault = {
-        "flip": f"{name} is not as it was written" if name == files.MANIFEST else f"{name} has SHA-256 ",
+        "flip": f"{name} is not as it was written" if name == files.MANIFEST else f"{name} has XXH3 ",
         "truncate": f"{name} cannot be read (" if name == files.MANIFEST else f"{name} has ",
         "remove": f"{name} is missing",
     }[damage]
@@ -141,7 +141,7 @@ def test_without_a_whole_one_nothing_starts(found: dict[str, Found]) -> None:
     lines = none.chosen.splitlines()
     assert lines[0].startswith("none of the checkpoints of ")
     assert lines[1].startswith("  step_000002: __1_0.distcp has 6000 bytes, expected 12000")
-    assert lines[2].startswith("  step_000001: __0_0.distcp has SHA-256 ")
+    assert lines[2].startswith("  step_000001: __0_0.distcp has XXH3 ")
     assert lines[3].startswith("fix: put a whole copy of one of them back; or move ")
     assert none.names == ["step_000001", "step_000002"], "what is left must be found again by the next start"
     assert "damaged_step_000001: found to be damaged by an earlier start" in found["set aside"].chosen

@@ -93,7 +93,9 @@ def test_truncated_and_missing_files_are_named(name: str, tmp_path: Path) -> Non
     assert fault_of(path) == f"{name} is missing"
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": 3, "sha256": ""}', '{"files": {"a": {"size": 1}}}', "\0"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"files": 3, "xxh3_128": ""}', '{"files": {"a": {"size": 1}}}', "\0"]
+)
 def test_a_manifest_that_says_nothing_is_a_fault(text: str, tmp_path: Path) -> None:
     path = make(tmp_path, 3)
     (path / "manifest.json").write_text(text)

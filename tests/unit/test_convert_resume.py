@@ -364,7 +364,7 @@ def test_a_result_that_is_not_its_source_is_not_published(source: Path, unpublis
         byte = file.read(1)
         file.seek(start_of_chunk + 5000)
         file.write(bytes([byte[0] ^ 64]))
-    told["contents"]["sha256"] = durable.read_contents(path).sha256
+    told["contents"]["xxh3_128"] = durable.read_contents(path).xxh3_128
     record.write_text(json.dumps(told))
     with pytest.raises(UserError) as refused:
         to_megatron(source, target, HERE)
