@@ -22,6 +22,7 @@ setup(
     description="Perception-aware reinforcement learning of vision-language models on Megatron-Core.",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_cppo", "megatron_cppo.*"]),
+    package_data={"megatron_cppo": ["rollout/inside_vllm/*.py"]},  # for vLLM's processes, no package of ours
     install_requires=[
         "torch>=2.6,<3",  # Megatron-Core's own minimum
         "megatron-core==0.16.1",  # moves functions and arguments between minor releases
@@ -32,6 +33,7 @@ setup(
         "pyarrow>=15",
         "math-verify==0.9.0",  # another version is another grader: rewards and scores would not compare
         "xxhash>=3.4",
+        "aiohttp>=3.10",
         "psutil>=5.9",  # Megatron-Core's checkpoint writer imports it without asking for it
         "tensorboard>=2.16",
         "tyro>=0.9,<2",

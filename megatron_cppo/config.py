@@ -116,6 +116,8 @@ class PerceptionConfig:
 class RolloutConfig:
     """How answers are sampled."""
 
+    engine: Literal["embedded", "vllm"] = "embedded"
+    """embedded: Hugging Face's model in the trainer's processes, slow and without needs; vllm: servers, see [vllm]."""
     samples_per_prompt: int = 5
     """n, the size of a group."""
     max_response_tokens: int = 4096
@@ -126,6 +128,40 @@ class RolloutConfig:
     """Answers decoded at once by one embedded engine."""
     max_logp_gap: float = 0.0
     """Largest mean |log-prob of engine - of policy| at the first step, in nats; 0: by precision (1e-4 in fp32)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VllmConfig:
+    """The vLLM servers (rollout.engine "vllm"): where they run, what they may take, when one is given up."""
+
+    python: str = "python3"
+    """The interpreter of an environment with vLLM; the servers run by it, and the trainer imports nothing of it."""
+    placement: Literal["colocated", "separate"] = "colocated"
+    """colocated: started on the trainer's own GPUs, where they sleep during updates; separate: found at `addresses`."""
+    addresses: tuple[str, ...] = ()
+    """With separate: http://host:port of running servers (tools/serve_rollouts.py starts them)."""
+    num_servers: int = 0
+    """With colocated: servers to start; 0: as many as the trainer's GPUs hold (one on a CPU)."""
+    tensor_parallel: int = 1
+    """GPUs of one server."""
+    host: str = "127.0.0.1"
+    """The interface that servers listen on; a run on several machines needs 0.0.0.0. Every route asks for a key."""
+    port: int = 0
+    """First port; 0: free ones are chosen."""
+    memory_fraction: float = 0.6
+    """Share of a GPU's memory that a server takes while it is awake."""
+    transport: Literal["auto", "shm", "ipc", "gloo", "nccl"] = "auto"
+    """How weights go to the servers; auto: shared memory (shm, on a GPU ipc) when colocated, else gloo or nccl."""
+    bucket_mib: int = 512
+    """Weights are sent in buckets of this size, two in memory; one tensor may be larger."""
+    hang_seconds: float = 120.0
+    """A server that is asked and gives no token for this long is started again."""
+    start_minutes: float = 30.0
+    """A server that is not up by then is started again."""
+    max_restarts: int = 3
+    """A server that was started again so often is given up; the run ends when none is left."""
+    arguments: tuple[str, ...] = ()
+    """More arguments of the servers' command line."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -274,6 +310,7 @@ class Config:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     perception: PerceptionConfig = field(default_factory=PerceptionConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    vllm: VllmConfig = field(default_factory=VllmConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

@@ -13,7 +13,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_cppo import families, layout
+from megatron_cppo import families, layout, serving
 from megatron_cppo.architecture import ModelShape
 from megatron_cppo.config import Config, ConfigError, type_problems
 from megatron_cppo.layout import nearest_divisor
@@ -95,7 +95,7 @@ def resolve(config: Config) -> Plan:
     except ConfigError as error:
         problems.append(str(error))
     problems += layout.problems(config, shape) + _batch_problems(config) + _value_problems(config)
-    problems += _debug_problems(config) + _file_problems(config)
+    problems += serving.problems(config, shape) + _debug_problems(config) + _file_problems(config)
     if problems or shape is None:
         raise ConfigError("\n".join(f"  {number}. {text}" for number, text in enumerate(problems, 1)))
     return _derive(config, shape)
@@ -238,6 +238,14 @@ _BOUNDS: tuple[tuple[str, str, float, float], ...] = (
     ("rollout", "max_response_tokens", 1, math.inf),
     ("rollout", "temperature", 1e-6, math.inf),
     ("rollout", "max_sequences", 1, math.inf),
+    ("vllm", "num_servers", 0, math.inf),
+    ("vllm", "tensor_parallel", 1, math.inf),
+    ("vllm", "port", 0, 65535),
+    ("vllm", "memory_fraction", 0.01, 0.98),
+    ("vllm", "bucket_mib", 1, math.inf),
+    ("vllm", "hang_seconds", 1, math.inf),
+    ("vllm", "start_minutes", 0.1, math.inf),
+    ("vllm", "max_restarts", 0, math.inf),
     ("policy", "tensor_parallel", 1, math.inf),
     ("policy", "pipeline_parallel", 1, math.inf),
     ("policy", "virtual_pipeline", 1, math.inf),

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 USER_ERROR = 2
 PROGRAM = "python -m megatron_cppo.train RECIPE"
 TIMEOUT = timedelta(minutes=30)
+VLLM_KEY = "MEGATRON_CPPO_VLLM_KEY"
+"""Environment: the key of separate servers; that of servers that are started here is drawn."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -110,6 +112,7 @@ def check_all(config: Config) -> Plan:
     from megatron_cppo.rewards import parse_terms
     from megatron_cppo.rewards import resolve as resolve_reward
     from megatron_cppo.saved import refuse_incomplete
+    from megatron_cppo.serving import refuse_interpreter
 
     problems: list[str] = []
     plan = None
@@ -126,6 +129,12 @@ def check_all(config: Config) -> Plan:
                 resolve_reward(term.name)
     except UserError as error:
         others.append(f"algorithm.rewards: {error}")
+    try:
+        refuse_interpreter(config)
+    except ConfigError as error:
+        others.append(str(error))
+    if config.vllm.placement == "separate" and config.rollout.engine == "vllm" and not os.environ.get(VLLM_KEY):
+        others.append(f"vllm.addresses: separate servers ask for a key; set {VLLM_KEY} to theirs")
     if config.debug.train_on and Path(config.debug.train_on).is_dir():
         try:
             refuse_incomplete(config)
@@ -267,12 +276,11 @@ def build_run(config: Config, plan: Plan, watch: Watch | None = None) -> Iterato
     from megatron_cppo.data.lookup import RowFinder
     from megatron_cppo.data.tokenizer import vocabulary
     from megatron_cppo.loop import Run
-    from megatron_cppo.policy.model import DTYPES
     from megatron_cppo.policy.policy import Policy
     from megatron_cppo.rewards.grader import Grader
     from megatron_cppo.rewards.scoring import Reward
     from megatron_cppo.rollout.absent import NoEngine
-    from megatron_cppo.rollout.transformers import TransformersEngine
+    from megatron_cppo.rollout.build import Needs, build
     from megatron_cppo.runlog import RunLog
     from megatron_cppo.saved import SavedRollouts, Writer
 
@@ -295,23 +303,24 @@ def build_run(config: Config, plan: Plan, watch: Watch | None = None) -> Iterato
     if config.debug.train_on:
         rollouts = SavedRollouts(config, find=RowFinder(sources["train"]), vocab_size=vocab_size)
     if rollouts is None or "evaluation" in sources:
-        engine = TransformersEngine(
-            config.model.path,
+        needs = Needs(
             pixels=lambda key: sources[key.split].pixels(key),
-            banned_ids=words.banned_ids,
+            picture=lambda key: sources[key.split].png(key),
             decode=words.decode,
-            max_response_tokens=config.rollout.max_response_tokens,
-            max_sequences=config.rollout.max_sequences,
-            seed=trainer.seed,
-            group=policy.groups.world,
+            weights=policy.weights,
+            beat=log.watch.advance,
+            banned_ids=words.banned_ids,
             end_ids=words.eos_ids,
-            dtype=DTYPES[config.policy.precision],
-            device=config.policy.device,
+            max_images=max(1, *(source.max_images for source in sources.values())),
+            address=os.environ["MASTER_ADDR"],
+            key=os.environ.get(VLLM_KEY, ""),
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         )
+        engine = build(config, plan, needs, group=policy.groups.world)
     grader = Grader(
         algorithm.rewards, workers=trainer.grader_processes, deadline_seconds=trainer.grader_timeout_seconds
     )
-    with grader:
+    with grader, contextlib.closing(engine):
         reward = Reward(
             grader,
             normalize_std=algorithm.normalize_std,

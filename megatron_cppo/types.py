@@ -91,6 +91,7 @@ class Sample:
     text: str
     truncated: bool
     version: int
+    earlier: tuple[tuple[int, int], ...] = ()
     reward: float = 0.0
     rewards: tuple[tuple[str, float], ...] = ()
     grading: str = ""

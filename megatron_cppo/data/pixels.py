@@ -62,6 +62,14 @@ class PixelReader:
             )
         return image
 
+    def resized(self, image: Image.Image, grid: ImageGrid) -> Image.Image:
+        """The picture that `patches` cuts up: of the grid's size, by the image processor's own resampling.
+
+        An image processor that is given this one has nothing left to resample, whatever library it does that with.
+        """
+        size = (grid.width * self._patch, grid.height * self._patch)
+        return image if image.size == size else image.resize(size, Image.Resampling(self._processor.resample))
+
     def patches(self, image: Image.Image, grid: ImageGrid) -> Tensor:
         """Normalised patches [P, D], fp32, of a decoded picture, by the checkpoint's own image processor."""
         features = self._processor(images=[image], size=self._size, return_tensors="pt")

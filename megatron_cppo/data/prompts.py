@@ -6,6 +6,7 @@ Letters: T tokens; P patches of an image, D values of a patch.
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -127,6 +128,11 @@ class PromptSource:
         """The number of usable rows, one epoch."""
         return len(self._entries)
 
+    @property
+    def max_images(self) -> int:
+        """The most images that a row has."""
+        return max(len(entry.draft.grids) for entry in self._entries)
+
     def take(self, start: int, count: int) -> list[Prompt]:
         """Prompts [start, start + count) of the endless stream; a pure function of position, so resuming is free.
 
@@ -156,6 +162,12 @@ class PromptSource:
         view = VIEW_FUNCTIONS[key.view](original, self._view_seed(key), self._view_names[key.view])
         assert view.size == original.size, f"view {key} has size {view.size}, the original {original.size}"
         return view
+
+    def png(self, key: ImageKey) -> bytes:
+        """The picture that `pixels` cuts its patches from, resized already; ImageError as in `pixels`."""
+        file = io.BytesIO()
+        self._reader.resized(self.image(key), self._grids[key.row][key.index]).save(file, "PNG", compress_level=1)
+        return file.getvalue()
 
     def view_name(self, key: ImageKey) -> str:
         """The name of the perturbation that was drawn for a view; "" for the original."""

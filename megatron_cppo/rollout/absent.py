@@ -36,3 +36,6 @@ class NoEngine:
 
     def wake(self) -> None:
         """Nothing, as it holds no memory."""
+
+    def close(self) -> None:
+        """Nothing."""

@@ -60,3 +60,7 @@ class Engine(Protocol):
     def wake(self) -> None:
         """Take the device's memory back."""
         ...
+
+    def close(self) -> None:
+        """End what the engine has started; nothing is asked of it any more."""
+        ...

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
+from megatron_cppo.rollout.ends import end_ids as checkpoint_ends
 from megatron_cppo.rollout.engine import EngineError
 from megatron_cppo.rollout.module_weights import load_every_weight
 from megatron_cppo.rollout.sampling import drawn_tokens, greedy_tokens, sampling_logp, uniform_numbers
@@ -128,7 +129,7 @@ class TransformersEngine:
         if not all(0 <= token < self._vocab_size for token in banned_ids):
             raise EngineError(f"banned ids must be below the vocabulary size {self._vocab_size}, got {banned_ids}")
         self._banned_K = torch.tensor(list(banned_ids), dtype=torch.long, device=self._device)
-        ends = sorted({*_end_ids(self._model, model_path), *end_ids})
+        ends = sorted({*checkpoint_ends(model_path), *end_ids})
         self._end_E = torch.tensor(ends, device=self._device)
         self._pixels = pixels
         self._decode_text = decode
@@ -188,6 +189,9 @@ class TransformersEngine:
         """Move the weights back to the device."""
         self._model.to(self._device)
         self._awake = True
+
+    def close(self) -> None:
+        """Nothing is to be let go."""
 
     def _own_block(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
         """This rank's contiguous share of the prompts; shares differ by one at most."""
@@ -338,12 +342,3 @@ class TransformersEngine:
 
 def _ignore(_: int) -> None:
     """Progress that nobody watches."""
-
-
-def _end_ids(model: Any, model_path: Path | str) -> list[int]:
-    """The ids of generation_config.json that end a response."""
-    ends = model.generation_config.eos_token_id
-    end_ids = [ends] if isinstance(ends, int) else list(ends or ())
-    if not end_ids:
-        raise EngineError(f"{model_path}: generation_config.json names no eos_token_id; add the ids that end an answer")
-    return end_ids

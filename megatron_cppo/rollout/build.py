@@ -1,0 +1,132 @@
+"""The engine of a run, from its config."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_cppo import serving
+from megatron_cppo.config import Config
+from megatron_cppo.families import inventory
+from megatron_cppo.plan import Plan
+from megatron_cppo.rollout.ends import end_ids as checkpoint_ends
+from megatron_cppo.rollout.engine import Engine
+from megatron_cppo.rollout.server import ServerPlan
+from megatron_cppo.rollout.transformers import TransformersEngine
+from megatron_cppo.rollout.vllm import Callbacks, Slot, VllmEngine, slots
+from megatron_cppo.rollout.wire import Rules
+from megatron_cppo.types import ImageKey
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Needs:
+    """What an engine asks of the run; `address`, `key` and `local_rank` come from the environment."""
+
+    pixels: Callable[[ImageKey], Tensor]
+    picture: Callable[[ImageKey], bytes]
+    decode: Callable[[Sequence[int]], str]
+    weights: Callable[[], Iterable[tuple[str, Tensor]]]
+    beat: Callable[[], None]
+    banned_ids: Sequence[int]
+    end_ids: Sequence[int]
+    max_images: int
+    address: str
+    key: str
+    local_rank: int
+
+
+def build(config: Config, plan: Plan, needs: Needs, *, group: dist.ProcessGroup | None) -> Engine:
+    """The engine that `config` asks for. Called by all ranks of `group`. Raises EngineError."""
+    make = ENGINES[config.rollout.engine]
+    return make(config, plan, needs, group)
+
+
+def _embedded(config: Config, plan: Plan, needs: Needs, group: dist.ProcessGroup | None) -> Engine:
+    return TransformersEngine(
+        config.model.path,
+        pixels=needs.pixels,
+        banned_ids=needs.banned_ids,
+        decode=needs.decode,
+        max_response_tokens=config.rollout.max_response_tokens,
+        max_sequences=config.rollout.max_sequences,
+        seed=config.trainer.seed,
+        group=group,
+        end_ids=needs.end_ids,
+        dtype=DTYPES[config.policy.precision],
+        device=config.policy.device,
+    )
+
+
+def _vllm(config: Config, plan: Plan, needs: Needs, group: dist.ProcessGroup | None) -> Engine:
+    vllm, device = config.vllm, config.policy.device
+    return VllmEngine(
+        server_plan(config, max_images=needs.max_images),
+        Rules(
+            max_response_tokens=config.rollout.max_response_tokens,
+            banned_ids=tuple(needs.banned_ids),
+            end_ids=tuple(sorted({*checkpoint_ends(config.model.path), *needs.end_ids})),
+            vocab_size=plan.shape.vocab_size,
+        ),
+        Callbacks(picture=needs.picture, decode=needs.decode, weights=needs.weights, beat=needs.beat),
+        places=_places(config, needs.local_rank, group),
+        expected=inventory.tensors(plan.shape, config.model.path),
+        model={
+            "protocol": 1,
+            "hidden_size": plan.shape.hidden_size,
+            "num_hidden_layers": plan.shape.num_layers,
+            "vocab_size": plan.shape.vocab_size,
+            "dtype": str(DTYPES[config.policy.precision]).removeprefix("torch."),
+        },
+        transport=serving.transport(config),
+        seed=config.trainer.seed,
+        key=needs.key,
+        group=group,
+        device=torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device),
+        address="127.0.0.1" if vllm.placement == "colocated" and vllm.host == "127.0.0.1" else needs.address,
+        log_dir=Path(config.trainer.run_dir) / "logs",
+    )
+
+
+ENGINES: dict[str, Callable[[Config, Plan, Needs, dist.ProcessGroup | None], Engine]] = {
+    "embedded": _embedded,
+    "vllm": _vllm,
+}
+
+
+def server_plan(config: Config, *, max_images: int) -> ServerPlan:
+    """What the servers of a run have in common."""
+    return ServerPlan(
+        vllm=config.vllm,
+        model_path=os.path.abspath(config.model.path),
+        dtype=str(DTYPES[config.policy.precision]).removeprefix("torch."),
+        device=config.policy.device,
+        max_tokens=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+        max_sequences=config.rollout.max_sequences,
+        min_pixels=config.model.min_pixels,
+        max_pixels=config.model.max_pixels,
+        max_images=max_images,
+    )
+
+
+def _places(config: Config, local_rank: int, group: dist.ProcessGroup | None) -> list[Slot]:
+    vllm = config.vllm
+    if vllm.placement == "separate":
+        return [Slot(0, url=address.rstrip("/")) for address in vllm.addresses]
+    if config.policy.device == "cpu":
+        return [Slot(0)] * max(1, vllm.num_servers)
+    mine = (socket.gethostname(), local_rank)
+    every = [mine]
+    if group is not None:
+        every = [mine] * dist.get_world_size(group)
+        dist.all_gather_object(every, mine, group=group)
+    hosts, gpus = zip(*every, strict=True)
+    return slots(hosts, gpus, tensor_parallel=vllm.tensor_parallel, most=vllm.num_servers)

@@ -1,0 +1,415 @@
+"""The servers of a run and the requests that they work on: one thread with an event loop, on the rank that drives.
+
+Owns connections, the dealing out of questions, and faults: a question whose server fails goes to another one,
+unanswered and therefore never twice. Knows neither ranks nor processes: that a server must be started again, or be sent
+weights, it says (`Todo`) and waits. What is asked and answered is `wire`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import aiohttp
+
+from megatron_cppo.rollout import wire
+from megatron_cppo.rollout.engine import EngineError
+from megatron_cppo.rollout.wire import Part, Question, Rules, WireError
+
+LOG = logging.getLogger("megatron_cppo")
+MAX_TRIES = 5
+"""A question that so many servers have failed at ends the run: it is the question."""
+MAX_GARBAGE = 3
+"""Replies in a row that are no answers; the server is then taken for broken."""
+ASK_AHEAD = 1.25
+"""Samples given to a server at once, of those that it decodes at once: the next ones wait there and not here."""
+LOOK_SECONDS = 2.0
+CALL_SECONDS = 600.0
+"""For a call that pauses, moves or loads; not for one that generates."""
+ABORT_SECONDS = 60.0
+Result = TypeVar("Result")
+
+
+@dataclass(eq=False, slots=True)
+class Server:
+    """One server as its driver sees it. States: starting, idle (it answers, and has no weights of ours), ready, failed
+    (to be started again, or awaited), dropped."""
+
+    index: int
+    url: str
+    ours: bool
+    state: str = "starting"
+    why: str = ""
+    version: int = -1
+    asked: int = 0
+    garbage: int = 0
+    starts: int = 0
+    seen: float = field(default_factory=time.monotonic)
+    progress: float = -1.0
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"server {self.index} ({self.url})"
+
+
+@dataclass(frozen=True, slots=True)
+class Todo:
+    """What the driving rank must do next: wait, start (servers), sync (servers), done."""
+
+    kind: str
+    servers: tuple[int, ...] = ()
+    num_answers: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class _Ticket:
+    questions: list[Question]
+    answers: dict[tuple[int, int], tuple[tuple[Part, ...], bool]] = field(default_factory=dict)
+    """By (question, sample): its parts, and whether it was cut at the longest length."""
+    num_wanted: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class _Piece:
+    ticket: _Ticket
+    number: int
+    question: Question
+    tries: int = 0
+
+
+class Fleet:
+    """All servers of a run. Its public methods are called by one thread, which is not the loop's."""
+
+    def __init__(
+        self, rules: Rules, *, key: str, label: str, max_sequences: int, hang_seconds: float, start_seconds: float
+    ) -> None:
+        """`label` begins the name of every version of the weights, so that another run's are known as such.
+
+        A server that gives no token for `hang_seconds` while it is asked, or is not up within `start_seconds`, is out.
+        """
+        self.servers: list[Server] = []
+        self.version = -1
+        self._rules, self._label, self._key = rules, label, key
+        self._most = max(1, int(max_sequences * ASK_AHEAD))
+        self._hang_seconds, self._start_seconds = hang_seconds, start_seconds
+        self._pending: deque[_Piece] = deque()
+        self._running: dict[asyncio.Task[None], tuple[Server, _Piece]] = {}
+        self._held = True
+        self._failure = ""
+        self._changed = threading.Condition()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True)
+        self._thread.start()
+        self._session = self._call(self._open())
+        self._looking = asyncio.run_coroutine_threadsafe(self._look_after(), self._loop)
+
+    # ------------------------------------------------------------------ for the driving rank
+
+    def submit(self, questions: Sequence[Question]) -> _Ticket:
+        """Have questions answered; returns at once."""
+        ticket = _Ticket(list(questions), num_wanted=sum(question.count for question in questions))
+        pieces = [_Piece(ticket, number, question) for number, question in enumerate(questions)]
+        self._call(self._add(pieces))
+        return ticket
+
+    def todo(self, ticket: _Ticket | None, *, seconds: float) -> Todo:
+        """What is to be done before `ticket` is answered (None: before all servers are up); waits at most `seconds`.
+
+        Raises EngineError when no server is left, or a question was failed at by several.
+        """
+        deadline = time.monotonic() + seconds
+        with self._changed:
+            while True:
+                todo = self._next(ticket)
+                left = deadline - time.monotonic()
+                if todo.kind != "wait" or left <= 0:
+                    return todo
+                self._changed.wait(left)
+
+    def started(self, index: int, url: str, *, ours: bool) -> None:
+        """A server is being started at `url`, or is said to be there."""
+        self._call(self._start(index, url, ours))
+
+    def hold(self) -> None:
+        """Abort what runs, clear all caches, and ask nothing until `let_go`. Partial answers are kept."""
+        self._call(self._hold())
+
+    def let_go(self) -> None:
+        """Ask again."""
+        self._call(self._let_go())
+
+    def post(self, server: Server, path: str, body: Any = None, **query: str) -> Future[Any]:
+        """Call a route of one server; a failure fails the server, and is raised as EngineError by the future."""
+        return asyncio.run_coroutine_threadsafe(self._post(server, path, body, query), self._loop)
+
+    def get(self, server: Server, path: str) -> Future[Any]:
+        """Read a route of one server, like `post`."""
+        return asyncio.run_coroutine_threadsafe(self._post(server, path, None, {}, method="GET"), self._loop)
+
+    def fail(self, server: Server, why: str) -> None:
+        """Take a server out: it is to be started again."""
+        self._call(self._fail_soon(server, why))
+
+    def drop(self, server: Server) -> None:
+        """Do without a server from now on."""
+        LOG.warning("%s is given up: %s", server.name, server.why)
+        server.state = "dropped"
+
+    def has(self, server: Server, version: int) -> None:
+        """A server has the weights of `version`."""
+        server.version, server.state = version, "ready"
+
+    def label(self, version: int) -> str:
+        """What a version is called on the servers."""
+        return f"{self._label}-{version}"
+
+    def usable(self) -> list[Server]:
+        """The servers that can be sent weights."""
+        return [server for server in self.servers if server.state in ("idle", "ready")]
+
+    def close(self) -> None:
+        """Let go of all connections; nothing may be asked any more."""
+        self._looking.cancel()
+        self._call(self._close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    def _call(self, work: Coroutine[Any, Any, Result]) -> Result:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def _next(self, ticket: _Ticket | None) -> Todo:
+        if self._failure:
+            raise EngineError(self._failure)
+        alive = [server for server in self.servers if server.state != "dropped"]
+        if not alive:
+            told = "\n  ".join(f"{server.name}: {server.why}" for server in self.servers)
+            raise EngineError(f"no vLLM server is left:\n  {told}")
+        num_answers = 0 if ticket is None else len(ticket.answers)
+        if ticket is not None and num_answers == ticket.num_wanted:
+            return Todo("done", num_answers=num_answers)
+        failed = tuple(server.index for server in alive if server.state == "failed" and server.ours)
+        if failed:
+            return Todo("start", failed, num_answers)
+        if ticket is None:
+            waits = any(server.state == "starting" for server in alive) or not self.usable()
+            return Todo("wait" if waits else "done")
+        behind = tuple(server.index for server in alive if server.state == "idle")
+        return Todo("sync", behind, num_answers) if behind else Todo("wait", num_answers=num_answers)
+
+    # ------------------------------------------------------------------ in the loop
+
+    async def _open(self) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
+            headers={"Authorization": f"Bearer {self._key}"},
+        )
+
+    async def _close(self) -> None:
+        for task in list(self._running):
+            task.remove_done_callback(self._asked)
+            task.cancel()
+        await self._session.close()
+
+    async def _add(self, pieces: Sequence[_Piece]) -> None:
+        self._pending.extend(pieces)
+        self._deal()
+
+    async def _start(self, index: int, url: str, ours: bool) -> None:
+        if index == len(self.servers):
+            self.servers.append(Server(index, url, ours))
+        server = self.servers[index]
+        server.url, server.state, server.version, server.garbage = url, "starting", -1, 0
+        server.starts += 1
+        server.seen = time.monotonic()
+
+    async def _hold(self) -> None:
+        self._held = True
+        await asyncio.gather(
+            *(self._quietly(self._post(server, "/pause", None, {"mode": "abort"})) for server in self.usable())
+        )
+        if self._running:
+            await asyncio.wait(list(self._running), timeout=ABORT_SECONDS)
+        for server in self.servers:
+            if server.asked and server.state == "ready":
+                self._fail(server, f"{server.asked} answers did not end when they were aborted")
+
+    async def _let_go(self) -> None:
+        self._held = False
+        self._deal()
+
+    def _deal(self) -> None:
+        """Give what is pending to the servers that have room, the least busy first."""
+        while self._pending and not self._held:
+            question = self._pending[0].question
+            open_ = [
+                server
+                for server in self.servers
+                if server.state == "ready"
+                and server.version == self.version
+                and (server.asked == 0 or server.asked + question.count <= self._most)
+            ]
+            if not open_:
+                return
+            server = min(open_, key=lambda server: server.asked)
+            if server.asked == 0:
+                server.seen = time.monotonic()
+            server.asked += question.count
+            piece = self._pending.popleft()
+            task = self._loop.create_task(self._ask(server, server.starts, piece))
+            self._running[task] = server, piece
+            task.add_done_callback(self._asked)
+
+    def _asked(self, task: asyncio.Task[None]) -> None:
+        _, piece = self._running.pop(task)
+        if task.cancelled():  # its server is out
+            self._pending.appendleft(piece)
+        elif task.exception() is not None:
+            self._failure = f"the driver of the rollouts failed: {task.exception()!r}"
+        self._deal()
+        self._tell()
+
+    async def _ask(self, server: Server, start: int, piece: _Piece) -> None:
+        body = wire.request(piece.question, self._rules)
+        labels = {self.label(server.version): server.version}
+        try:
+            async with self._session.post(f"{server.url}/inference/v1/generate", json=body) as response:
+                reply = await response.json(content_type=None)
+                if response.status != 200:
+                    raise WireError(f"it answered {response.status}: {str(reply)[:300]}")
+            answers = wire.answers(reply, piece.question, self._rules, versions=labels)
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            if server.starts == start:
+                self._fail(server, f"the connection failed ({error or type(error).__name__})")
+            self._again(piece)
+        except ValueError as error:  # no JSON, or no answer
+            server.garbage += 1
+            LOG.warning("%s gave no answer (%d in a row): %s", server.name, server.garbage, error)
+            if server.garbage >= MAX_GARBAGE and server.starts == start:
+                self._fail(server, f"{server.garbage} replies in a row were no answers, the last: {error}")
+            self._again(piece, str(error))
+        else:
+            server.garbage = 0
+            self._take(piece, answers)
+        finally:
+            if server.starts == start and server.state == "ready":
+                server.asked -= piece.question.count
+
+    def _take(self, piece: _Piece, answers: Sequence[wire.Answer]) -> None:
+        for answer in answers:
+            question = piece.question
+            parts = (*question.parts, answer.part) if answer.part.token_ids else question.parts
+            place = (piece.number, answer.index)
+            assert place not in piece.ticket.answers, f"sample {place} was answered twice"
+            if answer.reason != "abort":
+                piece.ticket.answers[place] = (parts, answer.reason == "length")
+                continue
+            num_tokens = sum(len(part.token_ids) for part in parts)
+            rest = dataclasses.replace(
+                question, index=answer.index, count=1, parts=parts, seed=question.seed + answer.index + num_tokens
+            )
+            self._pending.appendleft(_Piece(piece.ticket, piece.number, rest))
+
+    def _again(self, piece: _Piece, why: str = "") -> None:
+        piece.tries += 1
+        if piece.tries >= MAX_TRIES:
+            where = f"{piece.question.prompt.split} row {piece.question.prompt.row}"
+            self._failure = f"{where} was asked {piece.tries} times and never answered; the last reply: {why or 'none'}"
+        self._pending.appendleft(piece)
+
+    async def _post(self, server: Server, path: str, body: Any, query: dict[str, str], *, method: str = "POST") -> Any:
+        try:
+            async with self._session.request(
+                method,
+                f"{server.url}{path}",
+                json=body,
+                params=query,
+                timeout=aiohttp.ClientTimeout(total=CALL_SECONDS, sock_connect=10),
+            ) as response:
+                text = await response.text()
+                if response.status != 200:
+                    raise EngineError(f"{path} answered {response.status}: {text[:500]}")
+                return await response.json(content_type=None) if text else None
+        except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as error:
+            why = str(error) if isinstance(error, EngineError) else f"{path}: {error or type(error).__name__}"
+            self._fail(server, why)
+            raise EngineError(f"{server.name}: {why}") from error
+
+    @staticmethod
+    async def _quietly(work: Coroutine[Any, Any, Any]) -> None:
+        """Do `work`; the server that it fails at is out, which is all that is to be known."""
+        try:
+            await work
+        except EngineError:
+            return
+
+    async def _fail_soon(self, server: Server, why: str) -> None:
+        self._fail(server, why)
+
+    def _fail(self, server: Server, why: str) -> None:
+        if server.state in ("failed", "dropped"):
+            return
+        LOG.warning("%s is out: %s; its %d answers go to others", server.name, why, server.asked)
+        server.state, server.why, server.version, server.asked = "failed", why, -1, 0
+        server.seen = time.monotonic()
+        for task, (asked, _) in self._running.items():
+            if asked is server and task is not asyncio.current_task():
+                task.cancel()
+        self._tell()
+
+    def _tell(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    # ------------------------------------------------------------------ health
+
+    async def _look_after(self) -> None:
+        while True:
+            await asyncio.gather(*(self._look_at(server) for server in self.servers))
+            self._deal()
+            self._tell()
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def _look_at(self, server: Server) -> None:
+        revives = server.state == "failed" and not server.ours
+        if server.state == "starting" or revives:
+            if await self._reads(server, "/health") is not None:
+                server.state = "idle"
+                server.starts += revives
+                LOG.info("%s is up", server.name)
+            elif time.monotonic() - server.seen > self._start_seconds:
+                if revives:
+                    self.drop(server)
+                else:
+                    self._fail(server, f"it was not up within {self._start_seconds:.0f} s")
+        elif server.state == "ready" and server.asked:
+            text = await self._reads(server, "/metrics")
+            progress = None if text is None else _tokens(text)
+            if progress is not None and progress != server.progress:
+                server.progress, server.seen = progress, time.monotonic()
+            elif time.monotonic() - server.seen > self._hang_seconds:
+                self._fail(server, f"no token came from it for {self._hang_seconds:.0f} s")
+
+    async def _reads(self, server: Server, path: str) -> str | None:
+        try:
+            async with self._session.get(
+                f"{server.url}{path}", timeout=aiohttp.ClientTimeout(total=LOOK_SECONDS, sock_connect=LOOK_SECONDS)
+            ) as response:
+                return await response.text() if response.status == 200 else None
+        except (TimeoutError, aiohttp.ClientError, OSError):
+            return None
+
+
+def _tokens(metrics: str) -> float:
+    """How many tokens a server has read and sampled, by its own count."""
+    counted = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
+    return sum(float(line.rsplit(" ", 1)[1]) for line in metrics.splitlines() if line.startswith(counted))

@@ -1,0 +1,187 @@
+"""One vLLM server as a process of this machine: its command line, its environment, its start and its end.
+
+The server runs by an interpreter of its own choice, in which vLLM is installed; nothing of vLLM is imported here. Owns
+the process and its log; what is asked of the server over HTTP is others' (`fleet`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_cppo.config import VllmConfig
+from megatron_cppo.ranks import die_with_parent
+from megatron_cppo.rollout.engine import EngineError
+from megatron_cppo.rollout.wire import MODEL
+
+INSIDE = Path(__file__).parent / "inside_vllm"
+"""On PYTHONPATH of the server: what vLLM loads of ours."""
+MODULE = "megatron_cppo_in_vllm"
+TRANSFER_BACKEND = "megatron_cppo"
+KEY = "VLLM_API_KEY"
+GRACE_SECONDS = 10.0
+_LOG_LINES = 12
+
+
+@dataclass(frozen=True, slots=True)
+class ServerPlan:
+    """What all servers of a run have in common."""
+
+    vllm: VllmConfig
+    model_path: str
+    dtype: str
+    device: str
+    max_tokens: int
+    max_sequences: int
+    min_pixels: int
+    max_pixels: int
+    max_images: int
+
+
+def command(plan: ServerPlan, *, port: int, seed: int) -> list[str]:
+    """The command line of a server."""
+    vllm = plan.vllm
+    words = [vllm.python, "-m", "vllm.entrypoints.openai.api_server", "--model", plan.model_path]
+    options: dict[str, str | int | float] = {
+        "host": vllm.host,
+        "port": port,
+        "served-model-name": MODEL,
+        "dtype": plan.dtype,
+        "max-model-len": plan.max_tokens,
+        "max-num-seqs": plan.max_sequences,
+        "tensor-parallel-size": vllm.tensor_parallel,
+        "seed": seed,
+        "generation-config": "vllm",  # no top-p or top-k of the checkpoint's: the policy's distribution itself
+        "logprobs-mode": "processed_logprobs",
+        "limit-mm-per-prompt": json.dumps({"image": plan.max_images, "video": 0}),
+        "mm-processor-kwargs": json.dumps({"min_pixels": plan.min_pixels, "max_pixels": plan.max_pixels}),
+        "weight-transfer-config": json.dumps({"backend": TRANSFER_BACKEND}),
+        "worker-extension-cls": f"{MODULE}.Extension",
+        "middleware": f"{MODULE}.RequireKey",
+        "uvicorn-log-level": "warning",
+    }
+    flags = ["--enable-scale-out"]  # the route for tokens in, tokens out
+    if plan.device == "cpu":
+        options |= {"kv-cache-memory-bytes": 2**26, "block-size": 32}
+        flags.append("--enforce-eager")
+    else:
+        options["gpu-memory-utilization"] = vllm.memory_fraction
+        flags.append("--enable-sleep-mode")
+    for name, value in options.items():
+        words += [f"--{name}", str(value)]
+    return [*words, *flags, *vllm.arguments]
+
+
+def environment(plan: ServerPlan, *, key: str, gpus: Sequence[int], inherited: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a server. The key is here and not among the arguments, which every user of a machine sees."""
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "MEGATRON_CPPO_WATCH")
+    found = {name: value for name, value in inherited.items() if name not in ours}
+    found |= {
+        KEY: key,
+        "PYTHONPATH": os.pathsep.join([str(INSIDE), *filter(None, [inherited.get("PYTHONPATH", "")])]),
+        "VLLM_SERVER_DEV_MODE": "1",  # the routes of reinforcement learning
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    if plan.device == "cpu":
+        # Compiling a helper for log-probs would take the first request half a minute.
+        return found | {"TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_CI_ENV": "1"}
+    return found | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
+
+
+class ServerProcess:
+    """A server that this process has started, and that ends with it."""
+
+    def __init__(self, plan: ServerPlan, *, index: int, seed: int, key: str, gpus: Sequence[int], log: Path) -> None:
+        """Start it; it takes a minute or more until it answers. Raises EngineError when it cannot be started."""
+        self.port = free_port(plan.vllm.host, plan.vllm.port and plan.vllm.port + index)
+        self.log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        words = command(plan, port=self.port, seed=seed)
+        try:
+            with log.open("ab") as file:
+                self._process = subprocess.Popen(
+                    words,
+                    env=environment(plan, key=key, gpus=gpus, inherited=os.environ),
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    preexec_fn=die_with_parent,
+                )
+        except OSError as error:
+            raise EngineError(
+                f"vllm.python: {plan.vllm.python} cannot be run ({error.strerror}); give the interpreter of an "
+                "environment with vLLM"
+            ) from error
+
+    @property
+    def pid(self) -> int:
+        """Its process, which leads a session of its own."""
+        return self._process.pid
+
+    def ended(self) -> str:
+        """Why it is over, with the end of its log; "" while it runs."""
+        status = self._process.poll()
+        if status is None:
+            return ""
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        lines = self.log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+        return f"it {how}; the end of {self.log}:\n  " + "\n  ".join(line[-400:] for line in lines)
+
+    def end(self) -> None:
+        """End it and its workers, at once if it does not go by itself."""
+        if self._process.poll() is None:
+            self._signal(signal.SIGTERM)
+            self._signal(signal.SIGCONT)
+            deadline = time.monotonic() + GRACE_SECONDS
+            while self._process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.05)
+        self._signal(signal.SIGKILL)
+        self._process.wait(GRACE_SECONDS)
+
+    def _signal(self, number: int) -> None:
+        try:
+            os.killpg(self.pid, number)
+        except ProcessLookupError:
+            return
+
+
+def free_port(host: str, wanted: int = 0) -> int:
+    """The wanted port, or (0) one that nobody listens on. Raises EngineError when the wanted one is taken.
+
+    Who takes it before the server does makes that start fail; the next start chooses another.
+    """
+    try:
+        with socket.create_server((host, wanted)) as server:
+            return server.getsockname()[1]
+    except OSError as error:
+        raise EngineError(
+            f"vllm.port: {host}:{wanted} cannot be listened on ({error.strerror}); end what listens there, give "
+            "another, or 0 to have free ones chosen"
+        ) from error
+
+
+def describe_problems(described: Mapping[str, object], plan: ServerPlan, expected: Mapping[str, object]) -> list[str]:
+    """How what a server says of itself differs from what the run needs, one text for each."""
+    wanted = {
+        **expected,
+        "logprobs_mode": "processed_logprobs",
+        "transfer": TRANSFER_BACKEND,
+    }
+    found = [
+        f"{name} is {described.get(name)}, the run needs {value}"
+        for name, value in wanted.items()
+        if described.get(name) != value
+    ]
+    length = described.get("max_model_len")
+    if not isinstance(length, int) or length < plan.max_tokens:
+        found.append(f"max_model_len is {length}, the run needs at least {plan.max_tokens}")
+    return found
