@@ -39,6 +39,8 @@ def main() -> int:
     servers: list[ServerProcess] = []
     try:
         config = read_config(chosen.recipe, flags)
+        if not config.vllm.port:
+            raise UserError("vllm.port: 0 would give each start another port; choose the first one")
         plan = server_plan(config, max_images=chosen.images)
         parallel = config.vllm.tensor_parallel
 

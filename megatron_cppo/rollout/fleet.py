@@ -74,14 +74,13 @@ class Todo:
 class _Ticket:
     questions: list[Question]
     answers: dict[tuple[int, int], tuple[tuple[Part, ...], bool]] = field(default_factory=dict)
-    """By (question, sample): its parts, and whether it was cut at the longest length."""
+    """By (place, index): the sample's parts, and whether it was cut at the longest length."""
     num_wanted: int = 0
 
 
 @dataclass(eq=False, slots=True)
 class _Piece:
     ticket: _Ticket
-    number: int
     question: Question
     tries: int = 0
 
@@ -117,8 +116,7 @@ class Fleet:
     def submit(self, questions: Sequence[Question]) -> _Ticket:
         """Have questions answered; returns at once."""
         ticket = _Ticket(list(questions), num_wanted=sum(question.count for question in questions))
-        pieces = [_Piece(ticket, number, question) for number, question in enumerate(questions)]
-        self._call(self._add(pieces))
+        self._call(self._add([_Piece(ticket, question) for question in questions]))
         return ticket
 
     def todo(self, ticket: _Ticket | None, *, seconds: float) -> Todo:
@@ -284,6 +282,8 @@ class Fleet:
         try:
             async with self._session.post(f"{server.url}/inference/v1/generate", json=body) as response:
                 reply = await response.json(content_type=None)
+                if response.status in (400, 413, 422):  # every server would say so
+                    self._failure = f"{server.name} refuses a request: {str(reply)[:500]}"
                 if response.status != 200:
                     raise WireError(f"it answered {response.status}: {str(reply)[:300]}")
             answers = wire.answers(reply, piece.question, self._rules, versions=labels)
@@ -308,7 +308,7 @@ class Fleet:
         for answer in answers:
             question = piece.question
             parts = (*question.parts, answer.part) if answer.part.token_ids else question.parts
-            place = (piece.number, answer.index)
+            place = (question.place, answer.index)
             assert place not in piece.ticket.answers, f"sample {place} was answered twice"
             if answer.reason != "abort":
                 piece.ticket.answers[place] = (parts, answer.reason == "length")
@@ -317,7 +317,7 @@ class Fleet:
             rest = dataclasses.replace(
                 question, index=answer.index, count=1, parts=parts, seed=question.seed + answer.index + num_tokens
             )
-            self._pending.appendleft(_Piece(piece.ticket, piece.number, rest))
+            self._pending.appendleft(_Piece(piece.ticket, rest))
 
     def _again(self, piece: _Piece, why: str = "") -> None:
         piece.tries += 1

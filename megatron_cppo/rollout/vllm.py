@@ -161,17 +161,21 @@ class VllmEngine:
         asked = None
         if self._fleet is not None:
             images = self._encoders.map(self._pictures, prompts)
+            # vLLM wants greedy samples one by one.
+            count = samples_per_prompt if temperature else 1
             asked = self._fleet.submit(
                 [
                     wire.Question(
+                        place=place,
                         prompt=prompt,
                         images=pictures,
-                        index=0,
-                        count=samples_per_prompt,
+                        index=index,
+                        count=count,
                         temperature=temperature,
                         seed=_seed(self._seed, salt, prompt),
                     )
-                    for prompt, pictures in zip(prompts, images, strict=True)
+                    for place, (prompt, pictures) in enumerate(zip(prompts, images, strict=True))
+                    for index in range(0, samples_per_prompt, count)
                 ]
             )
         self._tickets[number] = prompts, asked
@@ -337,13 +341,11 @@ class VllmEngine:
         )
 
     def _groups(self, prompts: Sequence[Prompt], asked: Any) -> list[Group]:
-        groups = []
-        for number, prompt in enumerate(prompts):
-            count = asked.questions[number].count
-            groups.append(
-                Group(prompt, tuple(self._sample(prompt, i, *asked.answers[number, i]) for i in range(count)))
-            )
-        return groups
+        count = len(asked.answers) // len(prompts)
+        return [
+            Group(prompt, tuple(self._sample(prompt, index, *asked.answers[place, index]) for index in range(count)))
+            for place, prompt in enumerate(prompts)
+        ]
 
     def _sample(self, prompt: Prompt, index: int, parts: Sequence[wire.Part], truncated: bool) -> Sample:
         tokens = tuple(token for part in parts for token in part.token_ids)

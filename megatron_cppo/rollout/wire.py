@@ -48,11 +48,12 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Samples of one prompt that one request asks for: the first `count` from `index` on.
+    """Samples of one prompt that one request asks for: `count` of them, from `index` on.
 
-    `parts` is what earlier weights have sampled of the answer; there is one sample then. `images` are data URLs.
+    `place` is the prompt's among those that are asked together. `parts` is what earlier weights have sampled of the answer; there is one sample then. `images` are data URLs.
     """
 
+    place: int
     prompt: Prompt
     images: tuple[str, ...]
     index: int

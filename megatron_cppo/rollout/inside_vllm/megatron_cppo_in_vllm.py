@@ -96,6 +96,8 @@ class Receiver(WeightTransferEngine[Meeting, Bucket]):
     def finish_weight_update(self) -> None:
         """Have every layer processed."""
         finalize_layerwise_reload(self.model, self.model_config)
+        if self.device.type == "cpu":
+            repack_tied_weights(self.model)
 
     def shutdown(self) -> None:
         """Let go of buffers and group."""
@@ -108,6 +110,19 @@ class Receiver(WeightTransferEngine[Meeting, Bucket]):
             tensor = raw[start:stop].view(dtype).view(shape)
             # A layer is processed when all of it has come; until then vLLM keeps what it was given.
             yield name, tensor if self._group is not None else tensor.to(self.device, copy=True)
+
+
+def repack_tied_weights(model: torch.nn.Module) -> None:
+    """Work around vLLM 0.32 on a CPU: a layer's weight is repacked for its matrix product when it is loaded, and a head
+    that is tied to the embedding is never loaded, so it would keep the first weights for ever.
+    """
+    seen: set[int] = set()
+    for layer in model.modules():
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, Tensor) and hasattr(layer, "cpu_linear") and weight.numel():
+            if id(weight) in seen:
+                layer.quant_method.process_weights_after_loading(layer)
+            seen.add(id(weight))
 
 
 def meet(backend: str, address: str, port: int, *, rank: int, world_size: int) -> Any:
