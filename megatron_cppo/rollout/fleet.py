@@ -52,6 +52,8 @@ class Server:
     asked: int = 0
     garbage: int = 0
     starts: int = 0
+    fruitless: int = 0
+    """Starts since it last answered."""
     seen: float = field(default_factory=time.monotonic)
     progress: float = -1.0
 
@@ -89,17 +91,26 @@ class Fleet:
     """All servers of a run. Its public methods are called by one thread, which is not the loop's."""
 
     def __init__(
-        self, rules: Rules, *, key: str, label: str, max_sequences: int, hang_seconds: float, start_seconds: float
+        self,
+        rules: Rules,
+        *,
+        key: str,
+        label: str,
+        max_sequences: int,
+        hang_seconds: float,
+        start_seconds: float,
+        max_restarts: int,
     ) -> None:
         """`label` begins the name of every version of the weights, so that another run's are known as such.
 
         A server that gives no token for `hang_seconds` while it is asked, or is not up within `start_seconds`, is out.
+        One that was started again `max_restarts` times and never answered is given up.
         """
         self.servers: list[Server] = []
         self.version = -1
         self._rules, self._label, self._key = rules, label, key
         self._most = max(1, int(max_sequences * ASK_AHEAD))
-        self._hang_seconds, self._start_seconds = hang_seconds, start_seconds
+        self._hang_seconds, self._start_seconds, self._max_restarts = hang_seconds, start_seconds, max_restarts
         self._pending: deque[_Piece] = deque()
         self._running: dict[asyncio.Task[None], tuple[Server, _Piece]] = {}
         self._held = True
@@ -162,6 +173,10 @@ class Fleet:
         LOG.warning("%s is given up: %s", server.name, server.why)
         server.state = "dropped"
 
+    def lacks(self, server: Server) -> None:
+        """A server is up and has no whole version."""
+        server.version, server.state = -1, "idle"
+
     def has(self, server: Server, version: int) -> None:
         """A server has the weights of `version`."""
         server.version, server.state = version, "ready"
@@ -207,7 +222,8 @@ class Fleet:
 
     async def _open(self) -> aiohttp.ClientSession:
         return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
+            # A connection that is kept may be closed by the server just when it is used again.
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
             headers={"Authorization": f"Bearer {self._key}"},
         )
@@ -228,6 +244,7 @@ class Fleet:
         server = self.servers[index]
         server.url, server.state, server.version, server.garbage = url, "starting", -1, 0
         server.starts += 1
+        server.fruitless += 1
         server.seen = time.monotonic()
 
     async def _hold(self) -> None:
@@ -281,6 +298,8 @@ class Fleet:
         labels = {self.label(server.version): server.version}
         try:
             async with self._session.post(f"{server.url}/inference/v1/generate", json=body) as response:
+                if response.status >= 500:
+                    raise aiohttp.ClientError(f"it answered {response.status}: {(await response.text())[:300]}")
                 reply = await response.json(content_type=None)
                 if response.status in (400, 413, 422):  # every server would say so
                     self._failure = f"{server.name} refuses a request: {str(reply)[:500]}"
@@ -289,7 +308,7 @@ class Fleet:
             answers = wire.answers(reply, piece.question, self._rules, versions=labels)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             if server.starts == start:
-                self._fail(server, f"the connection failed ({error or type(error).__name__})")
+                self._fail(server, str(error) or type(error).__name__)
             self._again(piece)
         except ValueError as error:  # no JSON, or no answer
             server.garbage += 1
@@ -298,7 +317,7 @@ class Fleet:
                 self._fail(server, f"{server.garbage} replies in a row were no answers, the last: {error}")
             self._again(piece, str(error))
         else:
-            server.garbage = 0
+            server.garbage = server.fruitless = 0
             self._take(piece, answers)
         finally:
             if server.starts == start and server.state == "ready":
@@ -364,6 +383,8 @@ class Fleet:
         for task, (asked, _) in self._running.items():
             if asked is server and task is not asyncio.current_task():
                 task.cancel()
+        if server.ours and server.fruitless > self._max_restarts:
+            self.drop(server)
         self._tell()
 
     def _tell(self) -> None:

@@ -69,8 +69,11 @@ def command(plan: ServerPlan, *, port: int, seed: int) -> list[str]:
     }
     flags = ["--enable-scale-out"]  # the route for tokens in, tokens out
     if plan.device == "cpu":
-        options |= {"kv-cache-memory-bytes": 2**26, "block-size": 32}
-        flags.append("--enforce-eager")
+        # A prompt that is read in two parts would end the server: a seeded draw is taken back then, which torch's
+        # generators of a CPU cannot do.
+        room = max(2048, plan.max_tokens)
+        options |= {"kv-cache-memory-bytes": 2**26, "block-size": 32, "max-num-batched-tokens": room}
+        flags += ["--enforce-eager", "--no-enable-chunked-prefill"]
     else:
         options["gpu-memory-utilization"] = vllm.memory_fraction
         flags.append("--enable-sleep-mode")

@@ -116,6 +116,7 @@ class VllmEngine:
                 max_sequences=plan.max_sequences,
                 hang_seconds=plan.vllm.hang_seconds,
                 start_seconds=60 * plan.vllm.start_minutes,
+                max_restarts=plan.vllm.max_restarts,
             )
         self._push = WeightPush(
             fleet=self._fleet,
@@ -127,7 +128,6 @@ class VllmEngine:
             address=address,
         )
         self._processes: dict[int, ServerProcess] = {}
-        self._starts = [0] * len(self._places)
         self._version: int | None = None
         self._awake = True
         self._tickets: dict[int, tuple[Sequence[Prompt], Any]] = {}
@@ -294,28 +294,22 @@ class VllmEngine:
                 self._fleet.fail(self._fleet.servers[index], why)
 
     def _start(self, indices: Iterable[int]) -> None:
-        """Start servers, or start them again; one that was started too often is given up."""
+        """Start servers, or start them again."""
         urls: dict[int, str] = {}
         failures: dict[int, str] = {}
         for index in indices:
             place = self._places[index]
-            self._starts[index] += 1
-            if place.rank != self._rank or self._starts[index] > 1 + self._plan.vllm.max_restarts:
-                continue
-            try:
-                urls[index] = place.url or self._start_here(index, place)
-            except EngineError as error:
-                failures[index] = str(error)
+            if place.rank == self._rank:
+                try:
+                    urls[index] = place.url or self._start_here(index, place)
+                except EngineError as error:
+                    failures[index] = str(error)
         urls, failures = self._gather(urls), self._gather(failures)
         if failures:
             raise EngineError("; ".join(failures.values()))
-        if self._fleet is None:
-            return
-        for index in indices:
-            if index in urls:
+        if self._fleet is not None:
+            for index in indices:
                 self._fleet.started(index, urls[index], ours=not self._places[index].url)
-            else:
-                self._fleet.drop(self._fleet.servers[index])
 
     def _start_here(self, index: int, place: Slot) -> str:
         if index in self._processes:

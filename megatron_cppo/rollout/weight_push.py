@@ -139,8 +139,8 @@ class WeightPush:
     _met: tuple[tuple[int, int], ...] = ()
 
     def __call__(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
-        """Send all of them. Raises EngineError, on all ranks, when they are not those of the model; every server is
-        then out until it was started again. A server that fails alone is out alone.
+        """Send all of them. Raises EngineError, on all ranks, when they are not those of the model: no server is asked
+        anything then before a whole load. A server that fails alone is out alone.
         """
         self.num_bytes = self.num_buckets = 0
         complete = False
@@ -149,10 +149,8 @@ class WeightPush:
             self._send(weights)
             complete = True
         finally:
-            if self.fleet is not None and not complete:
-                self.fleet.version = -1
-                for server in self._targets:
-                    self.fleet.fail(server, "a sync of weights was not completed")
+            if not complete:
+                self._abandon()
         self._finish(version)
 
     def _begin(self) -> None:
@@ -274,6 +272,21 @@ class WeightPush:
             if server.state != "failed":
                 self.fleet.has(server, version)
         self.fleet.let_go()
+
+    def _abandon(self) -> None:
+        """End a load that is not whole, so that another can begin; what a server has now has no version."""
+        if self.fleet is None:
+            return
+        self.fleet.version = -1
+        for sent in self._sent:
+            sent.clear()
+        if self._broadcast is not None:  # its workers may wait for bytes that do not come
+            for server in self._targets:
+                self.fleet.fail(server, "a load of weights was not completed")
+            self._broadcast, self._met = None, ()
+        self._all("/finish_weight_update", {"weight_version": self.fleet.label(-1)})
+        for server in self._targets:
+            self.fleet.lacks(server)
 
     def _all(self, path: str, body: Any = None) -> None:
         """Call a route of all servers that are still in."""

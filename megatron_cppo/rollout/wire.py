@@ -50,7 +50,8 @@ class Part:
 class Question:
     """Samples of one prompt that one request asks for: `count` of them, from `index` on.
 
-    `place` is the prompt's among those that are asked together. `parts` is what earlier weights have sampled of the answer; there is one sample then. `images` are data URLs.
+    `place` is the prompt's among those that are asked together. `parts` is what earlier weights have sampled of the
+    answer; there is one sample then. `images` are data URLs.
     """
 
     place: int

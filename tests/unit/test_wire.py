@@ -1,4 +1,4 @@
-"""What is said to vLLM's servers, and what of their replies is believed: every reply that is no plain answer is refused."""
+"""What is said to vLLM's servers, and what of their replies is believed: what is no plain answer is refused."""
 
 from __future__ import annotations
 

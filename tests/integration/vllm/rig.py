@@ -6,10 +6,11 @@ Owns what the tests of this folder share; knows nothing of what one of them want
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -31,11 +32,15 @@ from megatron_cppo.data.prompts import PromptSource
 from megatron_cppo.data.tokenizer import vocabulary
 from megatron_cppo.plan import resolve
 from megatron_cppo.rollout.build import Needs, build
+from megatron_cppo.rollout.module_weights import module_name
 from megatron_cppo.rollout.vllm import VllmEngine
-from megatron_cppo.types import Prompt, Sample
+from megatron_cppo.types import Group, ImageKey, Prompt, Sample
 
 PYTHON = os.environ.get("MEGATRON_CPPO_VLLM_PYTHON", str(Path(__file__).parents[3] / ".venv-vllm" / "bin" / "python"))
-MAX_RESPONSE_TOKENS = 12
+INSTRUCTION = "Read the two digits off the picture, then write down what is asked for, in a box, and no more."
+"""Prompts are then longer than a block of the engine's cache, which else would keep nothing of them."""
+MAX_RESPONSE_TOKENS = 400
+"""An untrained model seldom ends before: long enough to be interrupted."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class World:
     folder: Path
     source: PromptSource
     config: Config
+    sent: dict[str, Tensor] = field(default_factory=dict)
+    """The policy's weights: what a server is sent that was started again."""
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -56,17 +63,18 @@ class World:
         return {name: tensor * (1 + changed) if tensor.dim() > 1 else tensor for name, tensor in read.items()}
 
 
-def make_world(folder: Path, **vllm: object) -> World:
-    make_model(folder / "model", seed=3)
+def make_world(folder: Path, *, tied: bool = True, precision: Literal["fp32", "bf16"] = "fp32", **vllm: Any) -> World:
+    """The demo's task, with a fresh model of this seed."""
+    make_model(folder / "model", seed=3, tied=tied)
     paths = make_data(folder, seed=3, num_train=64, num_warm=1, num_evaluation=16)
     config = Config(
         model=ModelConfig(path=str(folder / "model")),
-        data=DataConfig(train=(str(paths["train"]),), max_prompt_tokens=64),
+        data=DataConfig(train=(str(paths["train"]),), max_prompt_tokens=128, instruction=INSTRUCTION),
         rollout=RolloutConfig(
             engine="vllm", samples_per_prompt=4, max_response_tokens=MAX_RESPONSE_TOKENS, max_sequences=32
         ),
         vllm=VllmConfig(python=PYTHON, bucket_mib=1),
-        policy=PolicyConfig(device="cpu", precision="fp32", max_tokens_per_microbatch=1024),
+        policy=PolicyConfig(device="cpu", precision=precision, max_tokens_per_microbatch=2048),
         trainer=TrainerConfig(run_dir=str(folder / "run"), prompts_per_step=4),
     )
     source = PromptSource(
@@ -82,65 +90,68 @@ def make_world(folder: Path, **vllm: object) -> World:
 
 
 @contextmanager
-def engine(world: World, *, weights: dict[str, Tensor] | None = None) -> Iterator[VllmEngine]:
-    """The engine of the world's config; `weights` are what it is sent whenever a server needs some."""
+def engine(
+    world: World,
+    *,
+    picture: Callable[[ImageKey], bytes] | None = None,
+    key: str = "",
+) -> Iterator[VllmEngine]:
+    """The engine of the world's config, with the checkpoint's weights as version 0."""
     words = vocabulary(world.config.model.path)
-    sent = world.weights() if weights is None else weights
+    world.sent.clear()
+    world.sent.update(world.weights())
     needs = Needs(
         pixels=world.source.pixels,
-        picture=world.source.png,
+        picture=picture or world.source.png,
         decode=words.decode,
-        weights=lambda: iter(sent.items()),
+        weights=lambda: iter(world.sent.items()),
         beat=lambda: None,
         banned_ids=words.banned_ids,
         end_ids=words.eos_ids,
         max_images=1,
         address="127.0.0.1",
-        key="",
+        key=key,
         local_rank=0,
     )
     made = build(world.config, resolve(world.config), needs, group=None)
     assert isinstance(made, VllmEngine)
     try:
+        made.load_weights(iter(world.sent.items()), version=0)
         yield made
     finally:
         made.close()
 
 
-def true_logp(
-    world: World, samples: Sequence[Sample], weights: dict[str, Tensor], *, temperature: float
-) -> list[Tensor]:
-    """The log-probs of every sample's tokens by Hugging Face's model, banned ids left out, one sample at a time."""
-    model = AutoModelForImageTextToText.from_pretrained(world.config.model.path, dtype=torch.float32)
-    model.load_state_dict(_module_names(weights), strict=False)
-    banned = list(vocabulary(world.config.model.path).banned_ids)
-    found = []
-    for sample in samples:
+def samples_of(groups: Sequence[Group]) -> list[Sample]:
+    return [sample for group in groups for sample in group.samples]
+
+
+class Truth:
+    """Hugging Face's model under some weights: what the engine's log-probs should be."""
+
+    def __init__(self, world: World, weights: Mapping[str, Tensor]) -> None:
+        self._world = world
+        self._model = AutoModelForImageTextToText.from_pretrained(world.config.model.path, dtype=torch.float32)
+        self._model.load_state_dict({module_name(name): tensor for name, tensor in weights.items()}, strict=False)
+        self._banned = list(vocabulary(world.config.model.path).banned_ids)
+
+    @torch.no_grad()
+    def logp(self, sample: Sample, *, temperature: float = 1.0) -> Tensor:
+        """Of a sample's tokens; banned ids left out."""
         prompt = sample.prompt
         ids = torch.tensor([[*prompt.token_ids, *sample.token_ids]])
         later = [[prompt.next_position + i for i in range(len(sample.token_ids))]] * 3
-        positions = torch.cat([torch.tensor(prompt.positions), torch.tensor(later)], dim=1)[:, None]
-        with torch.no_grad():
-            logits = model(
-                input_ids=ids,
-                position_ids=positions,
-                pixel_values=torch.cat([world.source.pixels(key) for key in prompt.images("original")]),
-                image_grid_thw=torch.tensor([[g.frames, g.height, g.width] for g in prompt.grids]),
-            ).logits[0, len(prompt.token_ids) - 1 : -1]
-        logits[:, banned] = -torch.inf
+        logits = self._model(
+            input_ids=ids,
+            position_ids=torch.cat([torch.tensor(prompt.positions), torch.tensor(later)], dim=1)[:, None],
+            pixel_values=torch.cat([self._world.source.pixels(key) for key in prompt.images("original")]),
+            image_grid_thw=torch.tensor([[g.frames, g.height, g.width] for g in prompt.grids]),
+        ).logits[0, len(prompt.token_ids) - 1 : -1]
+        logits[:, self._banned] = -torch.inf
         logp = (logits / temperature).log_softmax(-1)
-        found.append(logp.gather(1, torch.tensor(sample.token_ids)[:, None]).squeeze(1))
-    return found
+        return logp.gather(1, torch.tensor(sample.token_ids)[:, None]).squeeze(1)
 
-
-def gap(samples: Sequence[Sample], truth: Sequence[Tensor]) -> float:
-    """Largest |log-prob of the engine - true one|."""
-    return max(
-        float((torch.tensor(sample.logp) - logp).abs().max()) for sample, logp in zip(samples, truth, strict=True)
-    )
-
-
-def _module_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    from megatron_cppo.rollout.module_weights import module_name
-
-    return {module_name(name): tensor for name, tensor in weights.items()}
+    def gaps(self, samples: Sequence[Sample], *, temperature: float = 1.0) -> Tensor:
+        """|log-prob of the engine - true one| of every token."""
+        every = [torch.tensor(s.logp) - self.logp(s, temperature=temperature) for s in samples]
+        return torch.cat(every).abs()
