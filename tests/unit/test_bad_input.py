@@ -486,7 +486,7 @@ RECIPES: dict[str, tuple[str, str | bytes | None, tuple[str, ...]]] = {
     "recipe that is no text": (
         "r.py",
         b"\x80\x00\xff",
-        ("r.py' cannot be run: SyntaxError", "null bytes (", "/r.py); mend it"),
+        ("r.py' cannot be run: ", "source code string cannot contain null bytes (", "/r.py); mend it"),
     ),
     "recipe that raises when it is loaded": (
         "r.py",
