@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 Preserving = Literal["color_jitter", "perspective", "rotation"]
 Removing = Literal["occlusion", "zoom_crop", "blacken"]
+Correction = Literal["auto", "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 
 class UserError(ValueError):
@@ -80,6 +81,12 @@ class AlgorithmConfig:
     """Estimator of that KL on the sampled tokens."""
     entropy_coefficient: float = 0.0
     """Weight of the policy's entropy bonus."""
+    correction: Correction = "auto"
+    """Weight each token's policy loss by old policy over engine, of the token or of its whole answer, to make up for an
+    engine that computes otherwise: truncated at the bound, or masked outside of it. auto: token_truncate in bf16, else
+    none."""
+    correction_bound: float = 2.0
+    """Largest such weight; masks also drop those below 1 / bound."""
     reward_tolerance: float = 1e-6
     """Groups whose rewards span no more than this get exactly zero advantage."""
     rewards: tuple[str, ...] = ("accuracy=0.9", "format=0.1")

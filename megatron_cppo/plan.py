@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_cppo import families, layout, serving
 from megatron_cppo.architecture import ModelShape
-from megatron_cppo.config import Config, ConfigError, type_problems
+from megatron_cppo.config import Config, ConfigError, Correction, type_problems
 from megatron_cppo.layout import nearest_divisor
 
 BYTES = {"fp32": 4, "bf16": 2}
@@ -80,6 +80,7 @@ class Plan:
     views_in_one_row: int
     uses_reference: bool
     scores_old_logp: bool
+    correction: Correction
     num_parameters: int
     memory: Memory
 
@@ -121,9 +122,17 @@ def _derive(config: Config, shape: ModelShape) -> Plan:
         views_in_one_row=_views(config),
         uses_reference=reference,
         scores_old_logp=trainer.updates_per_step > 1 and not supervised,
+        correction=_correction(config),
         num_parameters=shape.num_parameters,
         memory=_memory(config, shape, data_parallel, reference),
     )
+
+
+def _correction(config: Config) -> Correction:
+    """How the loss makes up for an engine that is not the policy; "auto": in some way where the two may differ."""
+    differ = config.policy.precision == "bf16" and config.algorithm.objective != "supervised"
+    automatic = "token_truncate" if differ else "none"
+    return automatic if config.algorithm.correction == "auto" else config.algorithm.correction
 
 
 def _packing(config: Config, data_parallel: int) -> Packing:
@@ -297,6 +306,10 @@ def _value_problems(config: Config) -> list[str]:
         problems.append(
             f"algorithm.dual_clip: {config.algorithm.dual_clip} must exceed 1, or be 0 to turn it off; 3.0 is usual"
         )
+    if config.algorithm.correction_bound <= 1:
+        problems.append(f"algorithm.correction_bound: {config.algorithm.correction_bound} must exceed 1; 2.0 is usual")
+    if config.algorithm.objective == "supervised" and config.algorithm.correction not in ("auto", "none"):
+        problems.append(f"algorithm.correction: {config.algorithm.correction}, but supervised has no engine; use none")
     if config.model.min_pixels > config.model.max_pixels:
         problems.append(
             f"model.min_pixels: {config.model.min_pixels} exceeds model.max_pixels {config.model.max_pixels}; lower it"

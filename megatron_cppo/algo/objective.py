@@ -1,7 +1,7 @@
 """The objectives: which views a sample needs, and the loss of one packed row.
 
     L = L_policy + beta * KL(policy || reference) + lambda * CPL - (entropy coefficient) * H
-    (CPPO, arXiv 2601.00501)
+    (CPPO, arXiv 2601.00501; `correction` may weigh the tokens of L_policy, and of nothing else)
 
 An objective sees rows of hidden states only through a `Head` and chooses which rows the head computes: the original
 view's response tokens, the removing view's of gated samples, the preserving view's masked tokens. It returns the row's
@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_cppo.algo import contrastive, policy_loss
+from megatron_cppo.algo import contrastive, correction, policy_loss
 from megatron_cppo.algo.perception import perception_mask
 from megatron_cppo.config import AlgorithmConfig, PerceptionConfig
 from megatron_cppo.types import Sample, View
@@ -42,7 +42,8 @@ class Tokens:
     """The response tokens of one packed row; `rows_*_N` is -1 where a sample lacks the view.
 
     `weight_N` is 0 for filler samples, else 1. `length_N` is the response length of the token's sample. `old_logp_N`
-    None: the policy is the one that sampled, so the old log-probs are the current ones, detached.
+    None: the policy is the one that sampled, so the old log-probs are the current ones, detached. `behaviour_logp_N` is
+    the engine's, and inf where a sample has none; None: nothing corrects for its gap to the old ones.
     """
 
     targets_N: Tensor
@@ -54,6 +55,7 @@ class Tokens:
     rows_preserving_N: Tensor
     rows_removing_N: Tensor
     old_logp_N: Tensor | None = None
+    behaviour_logp_N: Tensor | None = None
     reference_logp_N: Tensor | None = None
 
 
@@ -232,8 +234,9 @@ def _policy_terms(
         clip_high=algorithm.clip_high,
         dual_clip=algorithm.dual_clip,
     )
-    policy = (clipped.loss_N * weight_N).sum()
-    outcome = Outcome(policy, logp_N=logp_N.detach(), entropy_N=entropy_N.detach())
+    correction_N, metrics = _correction(tokens, algorithm, old_logp_N)
+    policy = (clipped.loss_N * correction_N * weight_N).sum()
+    outcome = Outcome(policy, metrics, logp_N=logp_N.detach(), entropy_N=entropy_N.detach())
     total = tokens.weight_N.sum()
     one = torch.ones((), device=logp_N.device)
     outcome.metrics["policy/loss"] = (policy.detach(), one / counts.num_microbatches)
@@ -250,6 +253,29 @@ def _policy_terms(
     if algorithm.entropy_coefficient:
         outcome.loss = outcome.loss - algorithm.entropy_coefficient * (entropy_N * weight_N).sum()
     return outcome
+
+
+def _correction(
+    tokens: Tokens, algorithm: AlgorithmConfig, old_logp_N: Tensor
+) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """The constant weight of each token's policy loss, [N], and its metrics; one and none where nothing is corrected.
+
+    A sample without the engine's log-probs is taken for the old policy's own.
+    """
+    if tokens.behaviour_logp_N is None:
+        return torch.ones_like(old_logp_N), {}
+    known_N = tokens.behaviour_logp_N != torch.inf
+    behaviour_logp_N = torch.where(known_N, tokens.behaviour_logp_N, old_logp_N)
+    correction_N, cut_N = correction.correction_weights(
+        old_logp_N, behaviour_logp_N, tokens.sample_N, kind=algorithm.correction, bound=algorithm.correction_bound
+    )
+    engine_kl_N = correction.engine_kl(old_logp_N, behaviour_logp_N)
+    total = tokens.weight_N.sum()
+    return correction_N, {
+        "policy/correction_weight": ((correction_N * tokens.weight_N).sum(), total),
+        "policy/correction_hit_share": ((cut_N * tokens.weight_N).sum(), total),
+        "policy/engine_kl": ((engine_kl_N * tokens.weight_N).sum(), (known_N * tokens.weight_N).sum()),
+    }
 
 
 def _log_mask(outcome: Outcome, entropy_G: Tensor, entropy_removing_G: Tensor, mask_G: Tensor) -> None:

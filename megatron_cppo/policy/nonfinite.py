@@ -148,8 +148,9 @@ def examine(policy: Policy, batch: Batch, update: int, advance: Callable[[int], 
     trained.forget_features()
     trained.optimizer.prepare_grads()
     grad_norm = float(trained.optimizer.get_grad_norm())
+    corrected = policy.settings.algorithm.correction != "none"
     found_rows = groups.from_last_stages(
-        [_row_finding(groups.data_rank, i, row, outcome, batch) for i, (row, outcome) in enumerate(kept)]
+        [_row_finding(groups.data_rank, i, row, outcome, batch, corrected) for i, (row, outcome) in enumerate(kept)]
     )
     rank, replica = dist.get_rank(), groups.data_rank
     mine = {
@@ -218,10 +219,12 @@ def _module_names(chunk: VisionLanguageModel) -> dict[str, str]:
     return names
 
 
-def _row_finding(replica: int, number: int, row: Any, outcome: Any, batch: Batch) -> RowFinding:
+def _row_finding(replica: int, number: int, row: Any, outcome: Any, batch: Batch, corrected: bool) -> RowFinding:
     samples = [i for i in row.sample_ids if i >= 0]
     given = {"given old log-probs": batch.old_logp, "given reference log-probs": batch.reference_logp}
     values = {name: [scores[i] for i in samples] for name, scores in given.items() if scores is not None}
+    if corrected:
+        values["given engine log-probs"] = [torch.tensor(batch.samples[i].logp) for i in samples]
     values["given advantages"] = [torch.tensor([batch.samples[i].advantage for i in samples])]
     values["log-probs"], values["entropies"] = [outcome.logp_N], [outcome.entropy_N]
     if outcome.entropy_removing_N is not None:

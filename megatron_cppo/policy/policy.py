@@ -44,7 +44,7 @@ class Policy:
         self.trained.config.finalize_model_grads_func = step.finalize_gradients(self.groups)
         self.settings = step.LossSettings(
             objective=OBJECTIVES[config.algorithm.objective],
-            algorithm=config.algorithm,
+            algorithm=dataclasses.replace(config.algorithm, correction=plan.correction),
             perception=config.perception,
             max_response_tokens=config.rollout.max_response_tokens,
             head=HeadSettings(

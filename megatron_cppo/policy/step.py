@@ -25,7 +25,7 @@ from megatron_cppo.config import AlgorithmConfig, PerceptionConfig
 from megatron_cppo.policy.build import Trained
 from megatron_cppo.policy.groups import Groups
 from megatron_cppo.policy.head import NOTHING, Head, HeadSettings, Memory
-from megatron_cppo.types import Batch, MicroBatch, MiniBatch, SampleStatistics
+from megatron_cppo.types import Batch, MicroBatch, MiniBatch, Sample, SampleStatistics
 
 RowFunction = Callable[[MicroBatch, Head], tuple[Tensor, Any]]
 """A row and its head -> the differentiable contribution, and what to keep of the row."""
@@ -35,7 +35,7 @@ Seen = tuple[MicroBatch, Outcome]
 
 @dataclass(frozen=True, slots=True)
 class LossSettings:
-    """What the loss needs beside the batch."""
+    """What the loss needs beside the batch; `algorithm` with the plan's correction, never "auto"."""
 
     objective: Objective
     algorithm: AlgorithmConfig
@@ -166,7 +166,7 @@ def gradients(
     counts = _counts(trained, batch, mini, settings, memory, advance)
 
     def contribution(row: MicroBatch, head: Head) -> tuple[Tensor, Seen]:
-        tokens = response_tokens(row, batch, trained.device)
+        tokens = response_tokens(row, batch, trained.device, corrected=settings.algorithm.correction != "none")
         outcome = settings.objective.loss(tokens, head, counts, settings.algorithm, settings.perception)
         _add_engine_gap(row, batch, tokens, outcome)
         loss, outcome.loss = outcome.loss, outcome.loss.detach()  # what is kept must not keep the graph
@@ -242,8 +242,11 @@ def _counts(
     return dataclasses.replace(counts, num_masked_tokens=max(1, sum(trained.groups.from_last_stages(sum(mine)))))
 
 
-def response_tokens(row: MicroBatch, batch: Batch, device: torch.device) -> Tokens:
-    """The row's response tokens with their samples' advantages, lengths and scores, on `device`."""
+def response_tokens(row: MicroBatch, batch: Batch, device: torch.device, *, corrected: bool = False) -> Tokens:
+    """The row's response tokens with their samples' advantages, lengths and scores, on `device`.
+
+    With the engine's log-probs where the loss is to be `corrected` for their gap.
+    """
     samples = [batch.samples[i] if i >= 0 else None for i in row.sample_ids]
     lengths_S = torch.bincount(row.sample_N, minlength=len(samples))
     sample_N = row.sample_N
@@ -268,8 +271,18 @@ def response_tokens(row: MicroBatch, batch: Batch, device: torch.device) -> Toke
         rows_preserving_N=row.rows_preserving_N.to(device),
         rows_removing_N=row.rows_removing_N.to(device),
         old_logp_N=scores(batch.old_logp),
+        behaviour_logp_N=_engine_logp(samples, lengths_S).to(device) if corrected else None,
         reference_logp_N=scores(batch.reference_logp),
     )
+
+
+def _engine_logp(samples: Sequence[Sample | None], lengths_S: Tensor) -> Tensor:
+    """The engine's log-probs of a row's tokens, [N]; inf for fillers, and for samples without any."""
+    parts = [
+        sample.logp if sample is not None and sample.logp else (math.inf,) * length
+        for sample, length in zip(samples, lengths_S.tolist(), strict=True)
+    ]
+    return torch.tensor([value for logp in parts for value in logp])
 
 
 def _add_engine_gap(row: MicroBatch, batch: Batch, tokens: Tokens, outcome: Outcome) -> None:

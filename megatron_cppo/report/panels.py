@@ -108,6 +108,12 @@ SECTIONS = (
                 (("gap", "policy/logp_gap"),),
                 from_zero=True,
             ),
+            Panel(
+                "Correction of the engine",
+                "Mean weight of a token's policy loss, and the share of tokens whose weight was truncated or masked.",
+                (("weight", "policy/correction_weight"), ("cut", "policy/correction_hit_share")),
+                from_zero=True,
+            ),
             Panel("Learning rate", "After warm-up and decay.", (("rate", "optim/learning_rate"),), from_zero=True),
         ),
     ),

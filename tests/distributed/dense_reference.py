@@ -89,6 +89,16 @@ def _mask(h: Tensor, h_removing: Tensor, settings: PerceptionConfig) -> list[int
     return [t for t in candidates if score[t] >= threshold]
 
 
+def _correction(old: Tensor, engine: Tensor, settings: AlgorithmConfig) -> list[float]:
+    gaps = [a - b for a, b in zip(old.tolist(), engine.tolist(), strict=True)]
+    level, cut = settings.correction.split("_")
+    weights = [math.exp(sum(gaps) if level == "sequence" else gap) for gap in gaps]
+    bound = settings.correction_bound
+    if cut == "truncate":
+        return [min(weight, bound) for weight in weights]
+    return [weight if 1 / bound <= weight <= bound else 0.0 for weight in weights]
+
+
 def objective(
     model: Any,
     samples: Sequence[Sample],
@@ -96,6 +106,7 @@ def objective(
     perception: PerceptionConfig,
     old_logp: Sequence[Tensor] | None = None,
     reference_logp: Sequence[Tensor] | None = None,
+    engine_logp: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """The whole loss of a mini-batch (token mean; CPL per gated sample), differentiable."""
     num_tokens = sum(len(sample.token_ids) for sample in samples)
@@ -111,7 +122,10 @@ def objective(
         old = original[0].detach() if old_logp is None else old_logp[index].to(model.dtype)
         ratio = (original[0] - old).exp()
         clipped = ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)
-        total = total - torch.minimum(sample.advantage * ratio, sample.advantage * clipped).sum() / num_tokens
+        gain = torch.minimum(sample.advantage * ratio, sample.advantage * clipped)
+        if engine_logp is not None:
+            gain = gain * torch.tensor(_correction(old, engine_logp[index], algorithm), dtype=model.dtype)
+        total = total - gain.sum() / num_tokens
         if reference_logp is not None:
             total = total + algorithm.beta * _k3(original[0], reference_logp[index].to(model.dtype)).sum() / num_tokens
         mask = _mask(original[1], removing[1], perception)

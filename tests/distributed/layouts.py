@@ -59,7 +59,8 @@ WORLD = {name: world(name) for name in LAYOUTS}
 @dataclass(frozen=True)
 class Case:
     """One run: a checkpoint, a layout's fields, the objective's, and how the batch is cut and ordered. `gated` are the
-    samples with a positive advantage, by number; None leaves the advantages as they are made."""
+    samples with a positive advantage, by number; None leaves the advantages as they are made. With `scores`, `engine`
+    makes up log-probs of an engine, too."""
 
     folder: str
     fields: dict[str, Any]
@@ -68,6 +69,7 @@ class Case:
     logits: bool = False
     num_updates: int = 1
     gated: tuple[int, ...] | None = None
+    engine: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,8 @@ def run_case(case: Case, world_size: int) -> Answer:
         count_masked=config.perception.aggregation == "global",
     )
     if case.scores:
-        batch = with_drifted_scores(policy.score(batch, old=True, reference=False))
+        scored = policy.score(batch, old=True, reference=False)
+        batch = with_drifted_scores(with_engine_logp(scored) if case.engine else scored)
     logits = sample_logits(policy, batch) if case.logits else []
     metrics = policy.update(batch)
     gradients = (
@@ -146,6 +149,23 @@ def with_drifted_scores(batch: Batch) -> Batch:
     assert batch.old_logp is not None, "score first"
     old, reference = drifted(batch.samples, batch.old_logp)
     return dataclasses.replace(batch, old_logp=tuple(old), reference_logp=tuple(reference))
+
+
+def with_engine_logp(batch: Batch) -> Batch:
+    """Samples whose engine was not the policy, by an offset that depends on the sample alone."""
+    assert batch.old_logp is not None, "score first"
+    engine = engine_logp(batch.samples, batch.old_logp)
+    samples = [dataclasses.replace(s, logp=tuple(v.tolist())) for s, v in zip(batch.samples, engine, strict=True)]
+    return dataclasses.replace(batch, samples=tuple(samples))
+
+
+def engine_logp(samples: Sequence[Sample], logp: Sequence[Tensor]) -> list[Tensor]:
+    """An engine's log-probs of samples whose log-probs are `logp`."""
+    found = []
+    for sample, values in zip(samples, logp, strict=True):
+        generator = torch.Generator().manual_seed(1000 * sample.prompt.row + sample.index + 500)
+        found.append(values + 0.3 * torch.randn(values.shape, generator=generator))
+    return found
 
 
 def drifted(samples: Sequence[Sample], logp: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -17,7 +17,12 @@ CHOICES: dict[str, dict[str, Any]] = {
     "cppo": {"algorithm__beta": 0.1, "algorithm__entropy_coefficient": 0.05},
     "cppo, constant views": {"perception__stop_gradient_views": True},
     "cppo, exact, global": {"perception__divergence": "exact", "perception__aggregation": "global"},
-    "grpo": {"algorithm__objective": "grpo", "algorithm__aggregation": "sample_mean", "algorithm__beta": 0.1},
+    "grpo": {
+        "algorithm__objective": "grpo",
+        "algorithm__aggregation": "sample_mean",
+        "algorithm__beta": 0.1,
+        "algorithm__correction": "sequence_mask",
+    },
     "supervised": {"algorithm__objective": "supervised"},
 }
 LAYOUTS = (Layout(2), Layout(2, cp=2), Layout(2, pp=2, vpp=2), Layout(2, ep=2))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from tests.distributed.layouts import (
     Answer,
     Case,
     checkpoint,
+    drifted,
+    engine_logp,
     groups_of,
     relative_l2,
     run_cases,
@@ -34,6 +37,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "perception__aggregation": "global",
         "algorithm__beta": 0.1,
     },
+    "sequence mask": {"algorithm__beta": 0.1, "algorithm__correction": "sequence_mask"},
     "k1, entropy bonus, sample mean": {
         "perception__divergence": "k1",
         "algorithm__entropy_coefficient": 0.05,
@@ -54,13 +58,14 @@ CUTS = {
     "PP2, small rows, reversed": ("PP2", 213, True),
     "TP2xPP2+SP, small rows": ("TP2xPP2+SP", 214, False),
 }
-CASES = [
-    (objective, cut)
-    for objective in OBJECTIVES
-    for cut in CUTS
-    # The other one with constant views is cut in every way.
-    if objective != "constant views" or cut in ("one row", "small rows, reversed", "CP2, small rows, reversed")
-]
+FEW_CUTS = {  # others that are like these are cut in every way
+    "constant views": ("one row", "small rows, reversed", "CP2, small rows, reversed"),
+    "sequence mask": (
+        *("one row", "small rows, reversed", "CP2, small rows, reversed"),
+        *("DP2, small rows, reversed", "TP2xPP2+SP, small rows"),
+    ),
+}
+CASES = [(objective, cut) for objective in OBJECTIVES for cut in FEW_CUTS.get(objective, tuple(CUTS))]
 MASK_NOISE = 1e-4
 """No mask may hang on less than this many nats; fp32 entropies of two layouts differ by about 1e-6."""
 
@@ -68,7 +73,7 @@ MASK_NOISE = 1e-4
 def _case(folder: str, objective: str, cut: str) -> Case:
     layout, tokens, reverse = CUTS[cut]
     fields = {**OBJECTIVES[objective], **LAYOUTS[layout], "policy__max_tokens_per_microbatch": tokens}
-    return Case(folder, fields, reverse=reverse, scores=True)
+    return Case(folder, fields, reverse=reverse, scores=True, engine="algorithm__correction" in fields)
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +110,16 @@ def test_masks_do_not_hang_on_rounding(objective: str, answers: Any) -> None:
     assert margin > MASK_NOISE
 
 
+def test_corrections_do_not_hang_on_rounding() -> None:
+    """And some samples are masked, and some not."""
+    samples = [sample for group in groups_of(Case("", {})) for sample in group.samples]
+    zeros = [torch.zeros(len(sample.token_ids)) for sample in samples]
+    pairs = zip(drifted(samples, zeros)[0], engine_logp(samples, zeros), strict=True)
+    sums = torch.stack([(old - engine).sum() for old, engine in pairs]).abs()
+    assert (sums - math.log(2)).abs().min() > MASK_NOISE
+    assert 4 <= (sums > math.log(2)).sum() <= len(samples) - 4
+
+
 @pytest.mark.parametrize(("objective", "cut"), [case for case in CASES if case[1] != "one row"])
 def test_update_does_not_depend_on_the_cut(objective: str, cut: str, answers: Any) -> None:
     wanted, found = answers[objective, "one row"], answers[objective, cut]
@@ -126,15 +141,19 @@ def test_update_does_not_depend_on_the_cut(objective: str, cut: str, answers: An
     assert errors.get(worst, 0.0) <= 1e-5
 
 
-@pytest.mark.parametrize("objective", ["k3", "exact, global", "constant views", "constant views, exact, global"])
+@pytest.mark.parametrize(
+    "objective", ["k3", "exact, global", "constant views", "constant views, exact, global", "sequence mask"]
+)
 def test_gated_update_equals_all_three_views_dense_in_float64(objective: str, folder: str, answers: Any) -> None:
     """Drifted old and reference log-probs too: clipping, KL and CPL together, against loops over whole vocabularies."""
     answer = answers[objective, "one row"]
     model = dense_reference.load(folder, torch.float64)
     config = tiny_model.make_config(folder, 1, **OBJECTIVES[objective])
     samples = [sample for group in groups_of(Case(folder, {})) for sample in group.samples]
-    old, reference = _drifted(model, samples)
-    loss = dense_reference.objective(model, samples, config.algorithm, config.perception, old, reference)
+    logp = _logp(model, samples)
+    old, reference = drifted(samples, logp)
+    engine = engine_logp(samples, logp) if config.algorithm.correction == "sequence_mask" else None
+    loss = dense_reference.objective(model, samples, config.algorithm, config.perception, old, reference, engine)
     wanted = dense_reference.gradients(model, loss)
     errors = {name: relative_l2(answer.gradients[name], wanted[name]) for name in wanted if wanted[name].norm() > 0}
     worst = max(errors, key=errors.__getitem__)
@@ -147,15 +166,12 @@ def test_gated_update_equals_all_three_views_dense_in_float64(objective: str, fo
         assert total == pytest.approx(loss.item(), rel=1e-6)
 
 
-def _drifted(model: Any, samples: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The scores of `layouts.with_drifted_scores`, from Hugging Face's log-probs."""
-    old, reference = [], []
+def _logp(model: Any, samples: Any) -> list[torch.Tensor]:
+    """Log-probs of the samples' tokens, from Hugging Face's logits."""
+    found = []
     for sample in samples:
         with torch.no_grad():
             logits = dense_reference.response_logits(model, sample, "original")
         logp_NV = dense_reference.log_softmax(logits, tiny_model.BANNED)
-        logp = logp_NV.gather(1, torch.tensor(sample.token_ids)[:, None])[:, 0].float()
-        generator = torch.Generator().manual_seed(1000 * sample.prompt.row + sample.index)
-        old.append(logp + 0.3 * torch.randn(logp.shape, generator=generator))
-        reference.append(logp + 0.3 * torch.randn(logp.shape, generator=generator))
-    return old, reference
+        found.append(logp_NV.gather(1, torch.tensor(sample.token_ids)[:, None])[:, 0].float())
+    return found

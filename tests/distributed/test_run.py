@@ -78,6 +78,15 @@ def test_the_run_learned_something(runs: Runs) -> None:
     ).read_bytes()
 
 
+def test_the_engine_that_is_embedded_needs_no_correction(runs: Runs) -> None:
+    """Its log-probs meet the old policy's of the same tokens, in both updates of a step."""
+    steps = [line for line in lines(runs.first / "metrics.jsonl") if "policy/loss" in line]
+    for line in steps:
+        assert line["policy/correction_weight"] == pytest.approx(1, abs=1e-4)
+        assert line["policy/correction_hit_share"] == 0
+        assert 0 <= line["policy/engine_kl"] < 1e-8
+
+
 def test_the_same_command_writes_the_same_bytes(runs: Runs) -> None:
     for name in ("metrics.jsonl", "plan.json", "export/model.safetensors"):
         assert (runs.first / name).read_bytes() == (runs.second / name).read_bytes(), name

@@ -42,7 +42,9 @@ def tiny_config(folder: Path) -> Config:
     return Config(
         model=ModelConfig(path=str(folder / "model")),
         data=DataConfig(train=(str(paths["train"]),), evaluation=(str(paths["evaluation"]),), max_prompt_tokens=64),
-        algorithm=AlgorithmConfig(beta=0.01, rewards=("even_length:even=0.9", "format=0.1")),
+        algorithm=AlgorithmConfig(
+            beta=0.01, correction="sequence_mask", rewards=("even_length:even=0.9", "format=0.1")
+        ),
         perception=PerceptionConfig(coefficient=0.1),
         rollout=RolloutConfig(samples_per_prompt=4, max_response_tokens=12),
         policy=PolicyConfig(device="cpu", precision="fp32", tensor_parallel=2, max_tokens_per_microbatch=1024),

@@ -140,6 +140,8 @@ def metrics(progress: float, rng: np.random.Generator) -> dict[str, float]:
         "policy/clip_low_share": abs(rng.normal(0, 0.002)),
         "policy/clip_high_share": abs(rng.normal(0, 0.003)),
         "policy/logp_gap": 2e-6 * rng.uniform(0.7, 1.4),
+        "policy/correction_weight": 1.0 - 0.002 * grown,
+        "policy/correction_hit_share": 0.004 * grown,
         "perception/cpl": 0.69 - 0.28 * grown + rng.normal(0, 0.03),
         "perception/masked_share": 0.21 + 0.05 * grown + rng.normal(0, 0.015),
         "perception/entropy_shift": 0.15 + 0.4 * grown + rng.normal(0, 0.03),

@@ -7,6 +7,7 @@ Shapes: T tokens of a row, H hidden size, V vocabulary, N response tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_cppo.algo.correction import CORRECTIONS
 from megatron_cppo.algo.objective import OBJECTIVES, Counts, Outcome, Tokens
 from megatron_cppo.algo.vocab_parallel import linear_statistics, linear_view_statistics
 from megatron_cppo.config import AlgorithmConfig, PerceptionConfig
@@ -76,6 +78,11 @@ class Problem:
             logp = self.dense(i, "original").gather(1, torch.tensor(sample.token_ids)[:, None])[:, 0].detach()
             self.old_logp.append(logp + 0.3 * normal(len(sample.token_ids)))
             self.reference_logp.append(logp + 0.3 * normal(len(sample.token_ids)))
+        # Of a generator of its own, and so far off that every correction cuts some tokens and leaves others.
+        generator = torch.Generator().manual_seed(2)
+        self.behaviour_logp = [
+            old + 0.4 * torch.randn(old.shape, generator=generator, dtype=torch.float64) for old in self.old_logp
+        ]
 
     def dense(self, i: int, view: View) -> Tensor:
         """Log-probabilities [tokens, V] of a segment's response rows."""
@@ -157,9 +164,9 @@ def run_row(
     lengths = torch.tensor([len(sample.token_ids) for sample in samples])
     advantages = [0.0 if i < 0 else problem.samples[i].advantage for i in members]
 
-    def scores(values: list[Tensor]) -> Tensor | None:
-        parts = [values[i] if i >= 0 else torch.zeros(len(problem.samples[FILLER].token_ids)).double() for i in members]
-        return torch.cat(parts) if scored else None
+    def scores(values: list[Tensor], *, absent: float = 0.0) -> Tensor:
+        nothing = torch.full((len(problem.samples[FILLER].token_ids),), absent, dtype=torch.float64)
+        return torch.cat([values[i] if i >= 0 else nothing for i in members])
 
     tokens = Tokens(
         targets_N=row.targets_N,
@@ -170,8 +177,11 @@ def run_row(
         rows_original_N=row.rows_original_N,
         rows_preserving_N=row.rows_preserving_N,
         rows_removing_N=row.rows_removing_N,
-        old_logp_N=scores(problem.old_logp),
-        reference_logp_N=scores(problem.reference_logp),
+        old_logp_N=scores(problem.old_logp) if scored else None,
+        behaviour_logp_N=(
+            scores(problem.behaviour_logp, absent=torch.inf) if algorithm.correction in CORRECTIONS else None
+        ),
+        reference_logp_N=scores(problem.reference_logp) if scored else None,
     )
     head = RecordingHead(hidden_TH, problem.weight_VH)
     outcome = OBJECTIVES[objective].loss(tokens, head, counts, algorithm, perception)
@@ -255,6 +265,18 @@ def dense_cpl(problem: Problem, split: Sequence[Sequence[int]], perception: Perc
     return torch.stack([tokens.mean() if len(tokens) else tokens.sum() for tokens in rows]).sum() / len(split)
 
 
+def dense_correction(problem: Problem, i: int, algorithm: AlgorithmConfig, scored: bool) -> list[float]:
+    """The weight of each token's policy loss, in Python floats."""
+    old = problem.old_logp[i] if scored else log_probs(problem, i, "original")[0].detach()
+    gaps = [a - b for a, b in zip(old.tolist(), problem.behaviour_logp[i].tolist(), strict=True)]
+    level, cut = algorithm.correction.split("_")
+    weights = [math.exp(max(-20.0, min(20.0, sum(gaps) if level == "sequence" else gap))) for gap in gaps]
+    bound = algorithm.correction_bound
+    if cut == "truncate":
+        return [min(weight, bound) for weight in weights]
+    return [weight if 1 / bound <= weight <= bound else 0.0 for weight in weights]
+
+
 def dense_policy(problem: Problem, algorithm: AlgorithmConfig, scored: bool) -> Tensor:
     """The clipped surrogate, token mean, with KL and entropy terms."""
     total = torch.zeros((), dtype=torch.float64)
@@ -265,6 +287,8 @@ def dense_policy(problem: Problem, algorithm: AlgorithmConfig, scored: bool) -> 
         tokens = -torch.minimum(sample.advantage * ratio, sample.advantage * clipped)
         if algorithm.dual_clip and sample.advantage < 0:
             tokens = tokens.clamp(max=-algorithm.dual_clip * sample.advantage)
+        if algorithm.correction in CORRECTIONS:
+            tokens = tokens * torch.tensor(dense_correction(problem, i, algorithm, scored), dtype=torch.float64)
         if scored:
             tokens = tokens + algorithm.beta * k3(logp, problem.reference_logp[i])
         total = total + (tokens - algorithm.entropy_coefficient * entropy).sum()

@@ -72,7 +72,16 @@ def test_a_run_may_be_resumed_with_another_layout_or_what_changes_no_number(name
 
 
 @pytest.mark.parametrize(
-    "name", ["debug.train_on", "debug.rollout_only", "policy.precision", "trainer.seed", "trainer.self_check"]
+    "name",
+    [
+        "algorithm.correction",
+        "algorithm.correction_bound",
+        "debug.train_on",
+        "debug.rollout_only",
+        "policy.precision",
+        "trainer.seed",
+        "trainer.self_check",
+    ],
 )
 def test_everything_else_makes_another_run(name: str, started: Path) -> None:
     with pytest.raises(ConfigError, match=f"  {name}: "):

@@ -175,6 +175,23 @@ SINGLE_PROBLEMS: dict[str, tuple[dict[str, object], str]] = {
         {"algorithm__dual_clip": 0.5},
         "algorithm.dual_clip: 0.5 must exceed 1, or be 0 to turn it off; 3.0 is usual",
     ),
+    "bound that leaves no weight above one": (
+        {"algorithm__correction_bound": 1.0},
+        "algorithm.correction_bound: 1.0 must exceed 1; 2.0 is usual",
+    ),
+    "bound of nothing": (
+        {"algorithm__correction_bound": float("nan")},
+        "algorithm.correction_bound: nan is not a finite number; give one",
+    ),
+    "correction without an engine": (
+        {"algorithm__objective": "supervised", "algorithm__correction": "sequence_mask"},
+        "algorithm.correction: sequence_mask, but supervised has no engine; use none",
+    ),
+    "unknown correction": (
+        {"algorithm__correction": "truncate"},
+        "algorithm.correction: must be one of 'auto', 'none', 'token_truncate', 'token_mask', 'sequence_truncate', "
+        "'sequence_mask', got 'truncate'",
+    ),
     "pixels": (
         {"model__min_pixels": 4000, "model__max_pixels": 3136},
         "model.min_pixels: 4000 exceeds model.max_pixels 3136; lower it",
@@ -338,6 +355,18 @@ def test_derived_numbers(good: Config) -> None:
     supervised = plan.resolve(changed(good, algorithm__objective="supervised"))
     assert (supervised.samples_per_step, supervised.longest_sample_tokens) == (12, 128)
     assert (supervised.uses_reference, supervised.scores_old_logp) == (False, False)
+
+
+@pytest.mark.parametrize("objective", ["cppo", "grpo", "supervised"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_loss_is_corrected_where_engine_and_policy_may_differ(precision: str, objective: str, good: Config) -> None:
+    config = changed(good, policy__precision=precision, algorithm__objective=objective)
+    automatic = "token_truncate" if precision == "bf16" and objective != "supervised" else "none"
+    assert plan.resolve(config).correction == automatic
+    assert plan.resolve(changed(config, algorithm__correction="none")).correction == "none"
+    if objective != "supervised":
+        for kind in ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"):
+            assert plan.resolve(changed(config, algorithm__correction=kind)).correction == kind
 
 
 def test_memory_against_a_count_by_hand(good: Config) -> None:
