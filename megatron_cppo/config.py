@@ -125,7 +125,14 @@ class RolloutConfig:
     max_sequences: int = 256
     """Answers decoded at once by one embedded engine."""
     max_logp_gap: float = 0.0
-    """Largest mean |log-prob of engine - of policy| at the first step, in nats; 0: by precision (1e-4 in fp32)."""
+    """Largest mean |log-prob of engine - of policy| at a check, in nats, of image prompts and of text prompts alike;
+    0: by precision (1e-4 in fp32)."""
+    check_every_steps: int = 0
+    """Period at which engine and policy are compared again, on the tokens that the current weights sampled; the run
+    stops where they differ. 0: at the first step only (trainer.self_check)."""
+    max_staleness: int = 0
+    """Versions by which the weights that sampled a token may be older than those that train on it. 0: rollouts and
+    updates take turns; else rollouts of this many steps are ahead, and run during updates where the engine can."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -120,7 +120,7 @@ def _derive(config: Config, shape: ModelShape) -> Plan:
         longest_sample_tokens=longest_sample(config),
         views_in_one_row=_views(config),
         uses_reference=reference,
-        scores_old_logp=trainer.updates_per_step > 1 and not supervised,
+        scores_old_logp=(trainer.updates_per_step > 1 or rollout.max_staleness > 0) and not supervised,
         num_parameters=shape.num_parameters,
         memory=_memory(config, shape, data_parallel, reference),
     )
@@ -238,6 +238,8 @@ _BOUNDS: tuple[tuple[str, str, float, float], ...] = (
     ("rollout", "max_response_tokens", 1, math.inf),
     ("rollout", "temperature", 1e-6, math.inf),
     ("rollout", "max_sequences", 1, math.inf),
+    ("rollout", "check_every_steps", 0, math.inf),
+    ("rollout", "max_staleness", 0, math.inf),
     ("policy", "tensor_parallel", 1, math.inf),
     ("policy", "pipeline_parallel", 1, math.inf),
     ("policy", "virtual_pipeline", 1, math.inf),
@@ -314,12 +316,21 @@ def _debug_problems(config: Config) -> list[str]:
     chosen, problems = [name for name, value in modes.items() if value], []
     if len(chosen) > 1:
         problems.append(f"debug: {' and '.join(chosen)} were chosen, and exclude each other; keep one")
-    if config.algorithm.objective == "supervised":
+    supervised, rollout = config.algorithm.objective == "supervised", config.rollout
+    if supervised:
         problems += [
             f"debug.{name}: a supervised run has no rollouts; leave it out"
             for name in ("save_rollouts", "rollout_only", "train_on")
             if getattr(debug, name)
         ]
+    if rollout.max_staleness > 0:
+        halves = [f"debug.{name}" for name in chosen if name != "replay"]
+        problems += [
+            f"rollout.max_staleness: with {half} no rollout can run ahead of an update; use 0"
+            for half in (["algorithm.objective supervised"] if supervised else []) + halves
+        ]
+    if rollout.check_every_steps > 0 and debug.train_on:
+        problems.append("rollout.check_every_steps: saved rollouts are of another run's weights; use 0")
     if debug.train_on and not Path(debug.train_on).is_dir():
         problems.append(f"debug.train_on: {debug.train_on} is no folder; give the folder `rollouts` of a run")
     if debug.replay and not (Path(debug.replay) / "skipped.json").is_file():

@@ -212,7 +212,7 @@ def run_rank(config: Config, plan: Plan, watch: Watch) -> int:
     import torch
     import torch.distributed as dist
 
-    from megatron_cppo.loop import loop_of
+    from megatron_cppo.loop_async import loop_of
     from megatron_cppo.policy import platform
 
     os.register_at_fork(after_in_child=ranks.die_with_parent)  # whatever a library forks here
@@ -307,6 +307,7 @@ def build_run(config: Config, plan: Plan, watch: Watch | None = None) -> Iterato
             end_ids=words.eos_ids,
             dtype=DTYPES[config.policy.precision],
             device=config.policy.device,
+            progress=lambda _: log.watch.advance(),
         )
     grader = Grader(
         algorithm.rewards, workers=trainer.grader_processes, deadline_seconds=trainer.grader_timeout_seconds
