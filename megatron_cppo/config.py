@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 Preserving = Literal["color_jitter", "perspective", "rotation"]
 Removing = Literal["occlusion", "zoom_crop", "blacken"]
-Correction = Literal["auto", "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 
 class UserError(ValueError):
@@ -81,7 +80,7 @@ class AlgorithmConfig:
     """Estimator of that KL on the sampled tokens."""
     entropy_coefficient: float = 0.0
     """Weight of the policy's entropy bonus."""
-    correction: Correction = "auto"
+    correction: Literal["auto", "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "auto"
     """Weight each token's policy loss by old policy over engine, of the token or of its whole answer, to make up for an
     engine that computes otherwise: truncated at the bound, or masked outside of it. auto: token_truncate in bf16, else
     none."""
@@ -134,41 +133,31 @@ class RolloutConfig:
     max_sequences: int = 256
     """Answers decoded at once by one embedded engine."""
     max_logp_gap: float = 0.0
-    """Largest mean |log-prob of engine - of policy| at the first step, in nats; 0: by precision (1e-4 in fp32)."""
+    """Largest mean |log-prob of engine - of policy| at a check, in nats, of image prompts and of text prompts alike;
+    0: by precision (1e-4 in fp32)."""
+    check_every_steps: int = 0
+    """Period at which engine and policy are compared again, on the tokens that the current weights sampled; the run
+    stops where they differ. 0: at the first step only (trainer.self_check)."""
+    max_staleness: int = 0
+    """Versions by which the weights that sampled a token may be older than those that train on it. 0: rollouts and
+    updates take turns; else rollouts of this many steps are ahead, and run during updates where the engine can."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VllmConfig:
-    """The vLLM servers (rollout.engine "vllm"): where they run, what they may take, when one is given up."""
+    """The vLLM servers of rollout.engine "vllm". Colocated: started on the trainer's own GPUs (as many as these hold),
+    where they sleep during updates. Separate: found at `addresses`, on machines of their own."""
 
     python: str = "python3"
-    """The interpreter of an environment with vLLM; the servers run by it, and the trainer imports nothing of it."""
-    placement: Literal["colocated", "separate"] = "colocated"
-    """colocated: started on the trainer's own GPUs, where they sleep during updates; separate: found at `addresses`."""
+    """Colocated: the interpreter of an environment with vLLM, of which the trainer imports nothing."""
     addresses: tuple[str, ...] = ()
-    """With separate: http://host:port of running servers (tools/serve_rollouts.py starts them)."""
-    num_servers: int = 0
-    """With colocated: servers to start; 0: as many as the trainer's GPUs hold (one on a CPU)."""
+    """Separate: http://host:port of running servers, which tools/serve_rollouts.py starts."""
     tensor_parallel: int = 1
     """GPUs of one server."""
     host: str = "127.0.0.1"
     """The interface that servers listen on; a run on several machines needs 0.0.0.0. Every route asks for a key."""
-    port: int = 0
-    """First port; 0: free ones are chosen."""
-    memory_fraction: float = 0.6
-    """Share of a GPU's memory that a server takes while it is awake."""
-    transport: Literal["auto", "shm", "ipc", "gloo", "nccl"] = "auto"
-    """How weights go to the servers; auto: shared memory (shm, on a GPU ipc) when colocated, else gloo or nccl."""
-    bucket_mib: int = 512
-    """Weights are sent in buckets of this size, two in memory; one tensor may be larger."""
-    hang_seconds: float = 120.0
-    """A server that is asked and gives no token for this long is started again."""
-    start_minutes: float = 30.0
-    """A server that is not up by then is started again."""
-    max_restarts: int = 3
-    """A server that was started again so often is given up; the run ends when none is left."""
     arguments: tuple[str, ...] = ()
-    """More arguments of the servers' command line."""
+    """More of the servers' command line; --gpu-memory-utilization, for one, is 0.6 if it is not here."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

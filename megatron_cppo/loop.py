@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from megatron_cppo.rewards.scoring import describe
 from megatron_cppo.rollout.engine import Engine
 from megatron_cppo.runlog import RunLog, StepRecord
 from megatron_cppo.saved import CHECKPOINT, SavedRollouts, Scores, SkippedStep, Writer, trailing
-from megatron_cppo.selfcheck import check_first_step
+from megatron_cppo.selfcheck import check_engine, check_first_step, engine_gap
 from megatron_cppo.storage.checkpoint_files import SaveError
 from megatron_cppo.types import Batch, Group, Prompt, Sample
 
@@ -57,35 +58,24 @@ class Run:
 
 def reinforce(run: Run) -> None:
     """Reinforcement learning: one rollout, and `updates_per_step` updates, a step."""
-    config, plan, policy, log = run.config, run.plan, run.policy, run.log
-    step, in_a_row = _start(run)
-    while step < config.trainer.num_steps:
+    step, in_a_row = start(run)
+    while step < run.config.trainer.num_steps:
         step += 1
-        checks = step == 1 and config.trainer.self_check
-        with log.step(step) as record:
+        with run.log.step(step) as record:
             groups = _graded_groups(run, step, record)
-            with record.span("batch"):
-                scores = checks or plan.scores_old_logp or plan.uses_reference
-                batch = plan_batch(config, plan, groups, score=scores)
-            old = checks or plan.scores_old_logp
-            with record.span("score"), log.phase("score", scoring_rows(batch) * (old + plan.uses_reference)) as advance:
-                scored = policy.score(batch, old=old, reference=plan.uses_reference, advance=advance)
-            _finish_save(run, step, wait=False)
-            with record.span("update"), log.phase("update", rows_per_rank(batch)) as advance:
-                metrics = policy.update(scored, advance)
-            record.add(metrics)
-            if checks and not policy.skipped:  # else the skipped update says more
-                _check(run, scored)
+            run.engine.sleep()
+            batch = learn(run, step, groups, record)
             with record.span("sync"):
-                run.engine.load_weights(policy.weights(), version=step)
-        in_a_row = _after_update(run, step, groups, scored, in_a_row)
-        _after(run, step, batch, in_a_row)
-    _finish(run)
+                run.engine.wake()
+                run.engine.load_weights(run.policy.weights(), version=step)
+        in_a_row = after_update(run, step, groups, batch, in_a_row)
+        after(run, step, batch, in_a_row)
+    finish(run)
 
 
 def sample(run: Run) -> None:
     """Rollouts alone (debug.rollout_only): the weights stay as they were, every step's graded groups are saved."""
-    step, _ = _start(run)
+    step, _ = start(run)
     while step < run.config.trainer.num_steps:
         step += 1
         with run.log.step(step) as record:
@@ -99,32 +89,34 @@ def sample(run: Run) -> None:
 
 def supervise(run: Run) -> None:
     """Supervised learning of the rows' own responses, through the same policy: one update a step."""
-    step, in_a_row = _start(run)
+    step, in_a_row = start(run)
+    run.engine.sleep()
     while step < run.config.trainer.num_steps:
         step += 1
+        evaluates = _evaluates(run, step)
         with run.log.step(step) as record:
             with record.span("batch"):
-                groups = [Group(prompt, (_target(prompt),)) for prompt in _prompts(run, step, record)]
+                prompts, replaced = prompts_of(run, step)
+                record.add(replaced)
+                groups = [Group(prompt, (_target(prompt),)) for prompt in prompts]
                 batch = plan_batch(run.config, run.plan, groups, score=False)
             with record.span("update"), run.log.phase("update", rows_per_rank(batch)) as advance:
                 record.add(run.policy.update(batch, advance))
-            if _evaluates(run, step):
+            if evaluates:
                 with record.span("sync"):
+                    run.engine.wake()
                     run.engine.load_weights(run.policy.weights(), version=step)
-        in_a_row = _after_update(run, step, groups, batch, in_a_row)
-        _after(run, step, batch, in_a_row)
-    _finish(run)
+        in_a_row = after_update(run, step, groups, batch, in_a_row)
+        after(run, step, batch, in_a_row)
+        if evaluates:
+            run.engine.sleep()
+    finish(run)
 
 
 LOOPS = {"cppo": reinforce, "grpo": reinforce, "supervised": supervise}
 
 
-def loop_of(config: Config) -> Callable[[Run], None]:
-    """The loop that `config` asks for."""
-    return sample if config.debug.rollout_only else LOOPS[config.algorithm.objective]
-
-
-def _start(run: Run) -> tuple[int, int]:
+def start(run: Run) -> tuple[int, int]:
     """Resume from the newest checkpoint, or evaluate what is there.
 
     Returns the last finished step, and how many updates were skipped in a row up to its end.
@@ -142,33 +134,55 @@ def _start(run: Run) -> tuple[int, int]:
 
 def _graded_groups(run: Run, step: int, record: StepRecord) -> list[Group]:
     """The step's groups with their rewards and advantages: sampled and graded, or read."""
-    config, plan = run.config, run.plan
+    rollout, plan = run.config.rollout, run.plan
     if run.rollouts is not None:
         with record.span("read"):
             groups = run.rollouts.groups(step)
     else:
         with record.span("rollout"), run.log.phase("rollout", plan.samples_per_step // plan.num_ranks) as advance:
+            prompts, replaced = prompts_of(run, step)
             groups = run.engine.generate(
-                _prompts(run, step, record),
-                samples_per_prompt=config.rollout.samples_per_prompt,
-                temperature=config.rollout.temperature,
-                advance=advance,
+                prompts, samples_per_prompt=rollout.samples_per_prompt, temperature=rollout.temperature, advance=advance
             )
+        record.add(replaced)
         with record.span("reward"):
             groups = run.reward(groups)
-    if config.debug.save_rollouts or config.debug.rollout_only:
-        run.writer.rollout(step, groups)
-    record.add(describe(groups))
+    note_groups(run, step, groups, record)
     return groups
 
 
-def _prompts(run: Run, step: int, record: StepRecord) -> list[Prompt]:
-    """The step's prompts, those with a damaged image replaced and counted."""
+def note_groups(run: Run, step: int, groups: Sequence[Group], record: StepRecord) -> None:
+    """Count the step's graded groups, and save them where that is asked for."""
+    if run.config.debug.save_rollouts or run.config.debug.rollout_only:
+        run.writer.rollout(step, groups)
+    record.add(describe(groups))
+
+
+def prompts_of(run: Run, step: int) -> tuple[list[Prompt], dict[str, float]]:
+    """The step's prompts, those with a damaged image replaced, and the metric that counts these."""
     count = run.config.trainer.prompts_per_step
     prompts, num_replaced = sound_prompts(run.prompts, (step - 1) * count, count, group=run.policy.groups.world)
-    if num_replaced:
-        record.add({"data/replaced_prompts": num_replaced})
-    return prompts
+    return prompts, {"data/replaced_prompts": num_replaced} if num_replaced else {}
+
+
+def learn(run: Run, step: int, groups: Sequence[Group], record: StepRecord) -> Batch:
+    """The step's updates on its graded groups; returns the batch that they saw. Checks engine and policy when due."""
+    config, plan, policy, log = run.config, run.plan, run.policy, run.log
+    first = step == 1 and config.trainer.self_check
+    checks = first or _due(step, config.rollout.check_every_steps)
+    old = checks or plan.scores_old_logp
+    with record.span("batch"):
+        batch = plan_batch(config, plan, groups, score=old or plan.uses_reference)
+    with record.span("score"), log.phase("score", scoring_rows(batch) * (old + plan.uses_reference)) as advance:
+        scored = policy.score(batch, old=old, reference=plan.uses_reference, advance=advance)
+    _finish_save(run, step, wait=False)
+    # A check leaves the numbers of its step alone.
+    seen = scored if first or plan.scores_old_logp else dataclasses.replace(scored, old_logp=None)
+    with record.span("update"), log.phase("update", rows_per_rank(batch)) as advance:
+        record.add(policy.update(seen, advance))
+    if checks:
+        _check(run, step, scored, record, first=first)
+    return seen
 
 
 def plan_batch(config: Config, plan: Plan, groups: Sequence[Group], *, score: bool) -> Batch:
@@ -185,21 +199,33 @@ def plan_batch(config: Config, plan: Plan, groups: Sequence[Group], *, score: bo
     )
 
 
-def _check(run: Run, batch: Batch) -> None:
-    check_first_step(
-        batch,
-        run.policy.statistics(),
-        precision=run.config.policy.precision,
-        max_logp_gap=run.config.rollout.max_logp_gap,
-        first_update_samples=run.plan.prompts_per_update * run.config.rollout.samples_per_prompt,
-    )
+def _check(run: Run, step: int, batch: Batch, record: StepRecord, *, first: bool) -> None:
+    """Compare engine and policy, and in the `first` step also the first update with what it must be."""
+    precision, bound = run.config.policy.precision, run.config.rollout.max_logp_gap
+    gap = engine_gap(batch, version=step - 1)
+    record.add(gap)
+    if not gap:
+        run.log.say_once(
+            "no token of a checked step was sampled by the current weights: where rollouts run ahead "
+            "(rollout.max_staleness), engine and policy cannot be compared"
+        )
+    if first and not run.policy.skipped:
+        check_first_step(
+            batch,
+            run.policy.statistics(),
+            precision=precision,
+            max_logp_gap=bound,
+            first_update_samples=run.plan.prompts_per_update * run.config.rollout.samples_per_prompt,
+        )
+    elif not any(bool(logp.isnan().any()) for logp in batch.old_logp or ()):  # else the skipped update says more
+        check_engine(gap, step=step, precision=precision, max_logp_gap=bound)
 
 
 def _target(prompt: Prompt) -> Sample:
     return Sample(prompt=prompt, index=0, token_ids=prompt.target, logp=(), text="", truncated=False, version=0)
 
 
-def _after_update(run: Run, step: int, groups: Sequence[Group], batch: Batch, before: int) -> int:
+def after_update(run: Run, step: int, groups: Sequence[Group], batch: Batch, before: int) -> int:
     """Save a step with skipped updates for replay. Returns how many were skipped in a row, `before` of them earlier.
 
     Raises NonFiniteError, on all ranks, when the step ends with too many of them; the weights, which the last of them
@@ -252,7 +278,7 @@ def _numbers(scores: tuple[Tensor, ...] | None) -> Scores:
     return None if scores is None else tuple(tuple(logp.tolist()) for logp in scores)
 
 
-def _after(run: Run, step: int, batch: Batch, in_a_row: int) -> None:
+def after(run: Run, step: int, batch: Batch, in_a_row: int) -> None:
     """What follows a step when it is due: keep its samples, evaluate, save (last, so that nothing due is lost)."""
     trainer = run.config.trainer
     if _due(step, trainer.keep_samples_every_steps):
@@ -332,7 +358,7 @@ def _evaluate(run: Run, step: int) -> None:
             run.log.evaluation(step, run.evaluation(advance))
 
 
-def _finish(run: Run) -> None:
+def finish(run: Run) -> None:
     _export(run)
     run.log.close()
 

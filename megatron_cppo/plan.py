@@ -13,9 +13,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_cppo import families, layout, serving
+from megatron_cppo import bounds, families, layout, serving
 from megatron_cppo.architecture import ModelShape
-from megatron_cppo.config import Config, ConfigError, Correction, type_problems
+from megatron_cppo.config import Config, ConfigError, type_problems
 from megatron_cppo.layout import nearest_divisor
 
 BYTES = {"fp32": 4, "bf16": 2}
@@ -80,7 +80,7 @@ class Plan:
     views_in_one_row: int
     uses_reference: bool
     scores_old_logp: bool
-    correction: Correction
+    correction: str
     num_parameters: int
     memory: Memory
 
@@ -95,7 +95,7 @@ def resolve(config: Config) -> Plan:
         shape = families.read_shape(config.model.path)
     except ConfigError as error:
         problems.append(str(error))
-    problems += layout.problems(config, shape) + _batch_problems(config) + _value_problems(config)
+    problems += layout.problems(config, shape) + _batch_problems(config) + bounds.problems(config)
     problems += serving.problems(config, shape) + _debug_problems(config) + _file_problems(config)
     if problems or shape is None:
         raise ConfigError("\n".join(f"  {number}. {text}" for number, text in enumerate(problems, 1)))
@@ -121,17 +121,17 @@ def _derive(config: Config, shape: ModelShape) -> Plan:
         longest_sample_tokens=longest_sample(config),
         views_in_one_row=_views(config),
         uses_reference=reference,
-        scores_old_logp=trainer.updates_per_step > 1 and not supervised,
+        scores_old_logp=(trainer.updates_per_step > 1 or rollout.max_staleness > 0) and not supervised,
         correction=_correction(config),
         num_parameters=shape.num_parameters,
         memory=_memory(config, shape, data_parallel, reference),
     )
 
 
-def _correction(config: Config) -> Correction:
+def _correction(config: Config) -> str:
     """How the loss makes up for an engine that is not the policy; "auto": in some way where the two may differ."""
-    differ = config.policy.precision == "bf16" and config.algorithm.objective != "supervised"
-    automatic = "token_truncate" if differ else "none"
+    differ = config.policy.precision == "bf16" or config.rollout.max_staleness > 0
+    automatic = "token_truncate" if differ and config.algorithm.objective != "supervised" else "none"
     return automatic if config.algorithm.correction == "auto" else config.algorithm.correction
 
 
@@ -235,112 +235,27 @@ def _batch_problems(config: Config) -> list[str]:
     return problems
 
 
-_BOUNDS: tuple[tuple[str, str, float, float], ...] = (
-    ("algorithm", "clip_low", 0, 1),
-    ("algorithm", "clip_high", 0, math.inf),
-    ("algorithm", "beta", 0, math.inf),
-    ("perception", "coefficient", 0, math.inf),
-    ("perception", "temperature", 1e-6, math.inf),
-    ("perception", "top_fraction", 1e-6, 1),
-    ("perception", "min_entropy_shift", 0, math.inf),
-    ("rollout", "samples_per_prompt", 1, math.inf),
-    ("rollout", "max_response_tokens", 1, math.inf),
-    ("rollout", "temperature", 1e-6, math.inf),
-    ("rollout", "max_sequences", 1, math.inf),
-    ("vllm", "num_servers", 0, math.inf),
-    ("vllm", "tensor_parallel", 1, math.inf),
-    ("vllm", "port", 0, 65535),
-    ("vllm", "memory_fraction", 0.01, 0.98),
-    ("vllm", "bucket_mib", 1, math.inf),
-    ("vllm", "hang_seconds", 1, math.inf),
-    ("vllm", "start_minutes", 0.1, math.inf),
-    ("vllm", "max_restarts", 0, math.inf),
-    ("policy", "tensor_parallel", 1, math.inf),
-    ("policy", "pipeline_parallel", 1, math.inf),
-    ("policy", "virtual_pipeline", 1, math.inf),
-    ("policy", "context_parallel", 1, math.inf),
-    ("policy", "expert_parallel", 1, math.inf),
-    ("optimizer", "learning_rate", 0, math.inf),
-    ("optimizer", "max_grad_norm", 0, math.inf),
-    ("trainer", "num_gpus", 1, math.inf),
-    ("trainer", "num_steps", 1, math.inf),
-    ("trainer", "prompts_per_step", 1, math.inf),
-    ("trainer", "updates_per_step", 1, math.inf),
-    ("trainer", "keep_checkpoints", 1, math.inf),
-    ("trainer", "keep_every_steps", 0, math.inf),
-    ("trainer", "evaluation_samples", 1, math.inf),
-    ("trainer", "grader_processes", 1, math.inf),
-    ("trainer", "grader_timeout_seconds", 1e-3, math.inf),
-    ("trainer", "evaluation_temperature", 0, math.inf),
-    ("trainer", "evaluation_rows", 0, math.inf),
-    ("trainer", "evaluate_every_steps", 0, math.inf),
-    ("trainer", "save_every_steps", 0, math.inf),
-    ("trainer", "keep_samples_every_steps", 0, math.inf),
-    ("trainer", "max_skipped_updates", 1, math.inf),
-    ("trainer", "hang_minutes", 0, math.inf),
-    ("trainer", "seed", 0, 2**31 - 1),
-    ("optimizer", "min_learning_rate", 0, math.inf),
-    ("optimizer", "warmup_updates", 0, math.inf),
-    ("optimizer", "weight_decay", 0, math.inf),
-    ("optimizer", "beta1", 0, 1 - 1e-9),
-    ("optimizer", "beta2", 0, 1 - 1e-9),
-    ("optimizer", "epsilon", 1e-30, math.inf),
-    ("data", "max_prompt_tokens", 1, math.inf),
-    ("data", "max_image_pixels", 1, math.inf),
-    ("model", "min_pixels", 1, math.inf),
-)
-
-
-def _value_problems(config: Config) -> list[str]:
-    problems = [
-        f"{section}.{name}: {value} is not a finite number; give one"
-        for section, fields in dataclasses.asdict(config).items()
-        for name, value in fields.items()
-        if isinstance(value, float) and not math.isfinite(value)
-    ]
-    for section, name, low, high in _BOUNDS:
-        value = getattr(getattr(config, section), name)
-        if math.isfinite(value) and not low <= value <= high:
-            problems.append(f"{section}.{name}: {value} is outside [{low}, {high}]; use {min(max(value, low), high)}")
-    if config.algorithm.dual_clip and config.algorithm.dual_clip <= 1:
-        problems.append(
-            f"algorithm.dual_clip: {config.algorithm.dual_clip} must exceed 1, or be 0 to turn it off; 3.0 is usual"
-        )
-    if config.algorithm.correction_bound <= 1:
-        problems.append(f"algorithm.correction_bound: {config.algorithm.correction_bound} must exceed 1; 2.0 is usual")
-    if config.algorithm.objective == "supervised" and config.algorithm.correction not in ("auto", "none"):
-        problems.append(f"algorithm.correction: {config.algorithm.correction}, but supervised has no engine; use none")
-    if config.model.min_pixels > config.model.max_pixels:
-        problems.append(
-            f"model.min_pixels: {config.model.min_pixels} exceeds model.max_pixels {config.model.max_pixels}; lower it"
-        )
-    if config.optimizer.min_learning_rate > config.optimizer.learning_rate:
-        problems.append(
-            f"optimizer.min_learning_rate: {config.optimizer.min_learning_rate} exceeds learning_rate "
-            f"{config.optimizer.learning_rate}; lower it"
-        )
-    problems += [
-        f"policy.megatron_overrides: {pair!r} is no name=value; write for instance layernorm_epsilon=1e-5"
-        for pair in config.policy.megatron_overrides
-        if not pair.partition("=")[2]
-    ]
-    if not config.perception.preserving or not config.perception.removing:
-        problems.append("perception.preserving and perception.removing need at least one perturbation each")
-    return problems
-
-
 def _debug_problems(config: Config) -> list[str]:
     debug = config.debug
     modes = {"rollout_only": debug.rollout_only, "train_on": debug.train_on, "replay": debug.replay}
     chosen, problems = [name for name, value in modes.items() if value], []
     if len(chosen) > 1:
         problems.append(f"debug: {' and '.join(chosen)} were chosen, and exclude each other; keep one")
-    if config.algorithm.objective == "supervised":
+    supervised, rollout = config.algorithm.objective == "supervised", config.rollout
+    if supervised:
         problems += [
             f"debug.{name}: a supervised run has no rollouts; leave it out"
             for name in ("save_rollouts", "rollout_only", "train_on")
             if getattr(debug, name)
         ]
+    if rollout.max_staleness > 0:
+        halves = [f"debug.{name}" for name in chosen if name != "replay"]
+        problems += [
+            f"rollout.max_staleness: with {half} no rollout can run ahead of an update; use 0"
+            for half in (["algorithm.objective supervised"] if supervised else []) + halves
+        ]
+    if rollout.check_every_steps > 0 and debug.train_on:
+        problems.append("rollout.check_every_steps: saved rollouts are of another run's weights; use 0")
     if debug.train_on and not Path(debug.train_on).is_dir():
         problems.append(f"debug.train_on: {debug.train_on} is no folder; give the folder `rollouts` of a run")
     if debug.replay and not (Path(debug.replay) / "skipped.json").is_file():

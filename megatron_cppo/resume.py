@@ -34,6 +34,8 @@ LAYOUT = PACKING | frozenset(
 """The fields that say who computes what, and when: the numbers are the same but for rounding (see `_resumable`)."""
 RESUMABLE = LAYOUT | frozenset(
     {
+        "rollout.check_every_steps",
+        "rollout.max_logp_gap",
         "trainer.run_dir",  # the folder may have been moved, or be spelled in another way
         "trainer.keep_checkpoints",
         "trainer.keep_every_steps",
@@ -46,7 +48,8 @@ RESUMABLE = LAYOUT | frozenset(
         "debug.replay",
     }
 )
-"""The fields in which a run may be resumed with other values."""
+"""The fields in which a run may be resumed with other values. Not rollout.max_staleness: which weights sample an answer
+depends on it, and with them every number."""
 
 
 def _resumable(config: Config) -> frozenset[str]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import shutil
@@ -199,6 +200,7 @@ def _sample_line(sample: Sample) -> dict[str, Any]:
         "text": sample.text,
         "truncated": sample.truncated,
         "version": sample.version,
+        "earlier": sample.earlier,
         "reward": _plain(sample.reward),
         "rewards": [[name, _plain(value)] for name, value in sample.rewards],
         "grading": sample.grading,
@@ -226,7 +228,13 @@ def _read_groups(path: Path, find: FindPrompt) -> list[Group]:
             line = _parse(path, text, number)
             prompt = find(line["row"], line["epoch"])
             assert prompt is not None, f"{path}:{number}: row {line['row']} was there when the head was read"
-            groups.append(Group(prompt, tuple(_sample(prompt, fields) for fields in line["samples"])))
+            samples = tuple(_sample(prompt, fields) for fields in line["samples"])
+            wrong = [sample.index for sample in samples if not _parts_fit(sample)]
+            if wrong:
+                raise SavedError(
+                    f"{path}:{number}: `earlier` of sample {wrong[0]} does not fit its tokens; save it again"
+                )
+            groups.append(Group(prompt, samples))
     if len(groups) != head["num_groups"]:
         raise SavedError(f"{path} holds {len(groups)} groups, and its head says {head['num_groups']}; save it again")
     return groups
@@ -236,11 +244,23 @@ def _sample(prompt: Prompt, fields: dict[str, Any]) -> Sample:
     exact: dict[str, Any] = {
         "token_ids": tuple(fields["token_ids"]),
         "logp": tuple(map(float, fields["logp"])),
+        "earlier": tuple((version, count) for version, count in fields.get("earlier", ())),
         "reward": float(fields["reward"]),
         "rewards": tuple((name, float(value)) for name, value in fields["rewards"]),
         "advantage": float(fields["advantage"]),
     }
     return Sample(prompt=prompt, **(fields | exact))
+
+
+def _parts_fit(sample: Sample) -> bool:
+    """Whether the parts of a cut answer are of ever later versions, and leave a token to the last one."""
+    counts = [count for _, count in sample.earlier]
+    versions = [*(version for version, _ in sample.earlier), sample.version]
+    return (
+        all(before < after for before, after in itertools.pairwise(versions))
+        and all(count > 0 for count in counts)
+        and (not counts or sum(counts) < len(sample.token_ids))
+    )
 
 
 def _parse(path: Path, text: str, number: int) -> dict[str, Any]:

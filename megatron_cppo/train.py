@@ -133,7 +133,7 @@ def check_all(config: Config) -> Plan:
         refuse_interpreter(config)
     except ConfigError as error:
         others.append(str(error))
-    if config.vllm.placement == "separate" and config.rollout.engine == "vllm" and not os.environ.get(VLLM_KEY):
+    if config.vllm.addresses and config.rollout.engine == "vllm" and not os.environ.get(VLLM_KEY):
         others.append(f"vllm.addresses: separate servers ask for a key; set {VLLM_KEY} to theirs")
     if config.debug.train_on and Path(config.debug.train_on).is_dir():
         try:
@@ -221,7 +221,7 @@ def run_rank(config: Config, plan: Plan, watch: Watch) -> int:
     import torch
     import torch.distributed as dist
 
-    from megatron_cppo.loop import loop_of
+    from megatron_cppo.loop_async import loop_of
     from megatron_cppo.policy import platform
 
     os.register_at_fork(after_in_child=ranks.die_with_parent)  # whatever a library forks here
@@ -315,6 +315,7 @@ def build_run(config: Config, plan: Plan, watch: Watch | None = None) -> Iterato
             address=os.environ["MASTER_ADDR"],
             key=os.environ.get(VLLM_KEY, ""),
             local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+            environment=dict(os.environ),
         )
         engine = build(config, plan, needs, group=policy.groups.world)
     grader = Grader(

@@ -82,7 +82,11 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One answer. `logp` is the engine's, per token, of the distribution that was sampled from."""
+    """One answer. `logp` is the engine's, per token, of the distribution that was sampled from.
+
+    `version` is that of the weights that sampled it; where weights were swapped on the way, that of the last part, and
+    `earlier` holds (version, number of tokens) of the parts before. No part is empty.
+    """
 
     prompt: Prompt
     index: int

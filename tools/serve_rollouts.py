@@ -1,9 +1,9 @@
-"""Start the vLLM servers of a recipe on this machine, for a run with vllm.placement "separate".
+"""Start the vLLM servers of a recipe on this machine, for a run with vllm.addresses.
 
-    MEGATRON_CPPO_VLLM_KEY=... python tools/serve_rollouts.py RECIPE [--section.field VALUE ...] --servers 4 --images 1
+    MEGATRON_CPPO_VLLM_KEY=... python tools/serve_rollouts.py RECIPE [--section.field VALUE ...] --port 8000 --servers 4
 
-Prints the addresses for --vllm.addresses, and starts a server again that ends, until it is told to end itself. The key
-is the one that the run has in MEGATRON_CPPO_VLLM_KEY. Servers listen on vllm.host, from vllm.port on.
+Prints the addresses, and starts a server again that ends, until it is told to end itself. The key is the one that the
+run has in MEGATRON_CPPO_VLLM_KEY. Servers listen on vllm.host (127.0.0.1 unless told otherwise), from --port on.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -28,6 +29,7 @@ def main() -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="the run's recipe, .py or .json")
+    parser.add_argument("--port", type=int, required=True, help="of the first server; the next ones follow")
     parser.add_argument("--servers", type=int, default=1, help="servers to start (default 1)")
     parser.add_argument("--images", type=int, default=1, help="the most images that a prompt has (default 1)")
     chosen, flags = parser.parse_known_args()
@@ -36,27 +38,33 @@ def main() -> int:
     if not key:
         sys.stderr.write(f"{VLLM_KEY} is not set; give the servers and the run the same key\n")
         return 2
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     servers: list[ServerProcess] = []
     try:
         config = read_config(chosen.recipe, flags)
-        if not config.vllm.port:
-            raise UserError("vllm.port: 0 would give each start another port; choose the first one")
         plan = server_plan(config, max_images=chosen.images)
         parallel = config.vllm.tensor_parallel
 
         def start(index: int) -> ServerProcess:
-            gpus = range(index * parallel, (index + 1) * parallel)
-            log = Path(config.trainer.run_dir) / "logs" / f"vllm{index}.log"
-            return ServerProcess(plan, index=index, seed=config.trainer.seed + index, key=key, gpus=gpus, log=log)
+            return ServerProcess(
+                plan,
+                seed=config.trainer.seed + index,
+                key=key,
+                gpus=range(index * parallel, (index + 1) * parallel),
+                environment=os.environ,
+                log=Path(config.trainer.run_dir) / "logs" / f"vllm{index}.log",
+                port=chosen.port + index,
+            )
 
-        servers += [start(index) for index in range(chosen.servers)]
+        for index in range(chosen.servers):
+            servers.append(start(index))
         print(" ".join(f"http://{config.vllm.host}:{server.port}" for server in servers), flush=True)
         while True:
+            time.sleep(LOOK_SECONDS)
             for index, server in enumerate(servers):
                 if why := server.ended():
                     LOG.warning("server %d: %s", index, why)
                     servers[index] = start(index)
-            time.sleep(LOOK_SECONDS)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 2

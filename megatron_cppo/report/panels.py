@@ -104,8 +104,25 @@ SECTIONS = (
             ),
             Panel(
                 "Engine against policy",
-                "Mean |log-prob of the engine − log-prob of the policy| of the sampled tokens, in nats.",
-                (("gap", "policy/logp_gap"),),
+                "Mean |log-prob of the engine − log-prob of the policy| of the sampled tokens, in nats: during the "
+                "updates; at checks, before them, of the tokens that the current weights sampled.",
+                (
+                    ("updates", "policy/logp_gap"),
+                    ("check, image prompts", "rollout/logp_gap_image"),
+                    ("check, text prompts", "rollout/logp_gap_text"),
+                ),
+                dots=("rollout/logp_gap_image", "rollout/logp_gap_text"),
+                from_zero=True,
+            ),
+            Panel(
+                "Staleness",
+                "Versions between the weights that sampled a token and those that train on it; the share of answers "
+                "that a swap of weights cut.",
+                (
+                    ("mean", "rollout/staleness_mean"),
+                    ("largest", "rollout/staleness_max"),
+                    ("cut answers", "rollout/cut_share"),
+                ),
                 from_zero=True,
             ),
             Panel(

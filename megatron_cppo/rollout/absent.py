@@ -26,7 +26,15 @@ class NoEngine:
         advance: Callable[[int], None] | None = None,
     ) -> list[Group]:
         """Raises EngineError."""
-        raise EngineError("a run on saved rollouts samples nothing, and has no engine; give data.evaluation for one")
+        raise _absent()
+
+    def submit(self, prompts: Sequence[Prompt], *, samples_per_prompt: int, temperature: float, salt: int = 0) -> int:
+        """Raises EngineError."""
+        raise _absent()
+
+    def collect(self, ticket: int, *, advance: Callable[[int], None] | None = None) -> list[Group]:
+        """Raises EngineError."""
+        raise _absent()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
         """Nothing; the weights are not even gathered, on any rank alike."""
@@ -39,3 +47,7 @@ class NoEngine:
 
     def close(self) -> None:
         """Nothing."""
+
+
+def _absent() -> EngineError:
+    return EngineError("a run on saved rollouts samples nothing, and has no engine; give data.evaluation for one")

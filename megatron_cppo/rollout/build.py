@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Needs:
-    """What an engine asks of the run; `address`, `key` and `local_rank` come from the environment."""
+    """What an engine asks of the run.
+
+    `address`, `key` and `local_rank` come from the `environment`, which servers that are started here inherit.
+    """
 
     pixels: Callable[[ImageKey], Tensor]
     picture: Callable[[ImageKey], bytes]
@@ -42,6 +45,7 @@ class Needs:
     address: str
     key: str
     local_rank: int
+    environment: Mapping[str, str]
 
 
 def build(config: Config, plan: Plan, needs: Needs, *, group: dist.ProcessGroup | None) -> Engine:
@@ -63,13 +67,21 @@ def _embedded(config: Config, plan: Plan, needs: Needs, group: dist.ProcessGroup
         end_ids=needs.end_ids,
         dtype=DTYPES[config.policy.precision],
         device=config.policy.device,
+        progress=lambda _: needs.beat(),
     )
 
 
 def _vllm(config: Config, plan: Plan, needs: Needs, group: dist.ProcessGroup | None) -> Engine:
-    vllm, device = config.vllm, config.policy.device
+    return vllm_engine(config, plan, needs, group, servers=server_plan(config, max_images=needs.max_images))
+
+
+def vllm_engine(
+    config: Config, plan: Plan, needs: Needs, group: dist.ProcessGroup | None, *, servers: ServerPlan
+) -> VllmEngine:
+    """An engine on `servers`."""
+    device, alone = config.policy.device, config.vllm.host == "127.0.0.1" and not serving.separate(config)
     return VllmEngine(
-        server_plan(config, max_images=needs.max_images),
+        servers,
         Rules(
             max_response_tokens=config.rollout.max_response_tokens,
             banned_ids=tuple(needs.banned_ids),
@@ -77,7 +89,7 @@ def _vllm(config: Config, plan: Plan, needs: Needs, group: dist.ProcessGroup | N
             vocab_size=plan.shape.vocab_size,
         ),
         Callbacks(picture=needs.picture, decode=needs.decode, weights=needs.weights, beat=needs.beat),
-        places=_places(config, needs.local_rank, group),
+        places=_places(config, servers, needs.local_rank, group),
         expected=inventory.tensors(plan.shape, config.model.path),
         model={
             "protocol": 1,
@@ -86,12 +98,12 @@ def _vllm(config: Config, plan: Plan, needs: Needs, group: dist.ProcessGroup | N
             "vocab_size": plan.shape.vocab_size,
             "dtype": str(DTYPES[config.policy.precision]).removeprefix("torch."),
         },
-        transport=serving.transport(config),
+        environment=needs.environment,
         seed=config.trainer.seed,
         key=needs.key,
         group=group,
         device=torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device),
-        address="127.0.0.1" if vllm.placement == "colocated" and vllm.host == "127.0.0.1" else needs.address,
+        address="127.0.0.1" if alone else needs.address,
         log_dir=Path(config.trainer.run_dir) / "logs",
     )
 
@@ -114,19 +126,19 @@ def server_plan(config: Config, *, max_images: int) -> ServerPlan:
         min_pixels=config.model.min_pixels,
         max_pixels=config.model.max_pixels,
         max_images=max_images,
+        transport=serving.transport(config),
     )
 
 
-def _places(config: Config, local_rank: int, group: dist.ProcessGroup | None) -> list[Slot]:
-    vllm = config.vllm
-    if vllm.placement == "separate":
-        return [Slot(0, url=address.rstrip("/")) for address in vllm.addresses]
+def _places(config: Config, servers: ServerPlan, local_rank: int, group: dist.ProcessGroup | None) -> list[Slot]:
+    if serving.separate(config):
+        return [Slot(0, url=address.rstrip("/")) for address in config.vllm.addresses]
     if config.policy.device == "cpu":
-        return [Slot(0)] * max(1, vllm.num_servers)
+        return [Slot(0)] * servers.num_on_cpu
     mine = (socket.gethostname(), local_rank)
     every = [mine]
     if group is not None:
         every = [mine] * dist.get_world_size(group)
         dist.all_gather_object(every, mine, group=group)
     hosts, gpus = zip(*every, strict=True)
-    return slots(hosts, gpus, tensor_parallel=vllm.tensor_parallel, most=vllm.num_servers)
+    return slots(hosts, gpus, tensor_parallel=config.vllm.tensor_parallel)

@@ -32,7 +32,12 @@ _LOG_LINES = 12
 
 @dataclass(frozen=True, slots=True)
 class ServerPlan:
-    """What all servers of a run have in common."""
+    """What all servers of a run have in common, and how they are looked after.
+
+    Weights are sent in buckets of `bucket_bytes`, two in memory; one tensor may be larger. A server that is asked and
+    gives no token for `hang_seconds`, or is not up after `start_seconds`, is started again; one that was so
+    `max_restarts` times and never answered is given up.
+    """
 
     vllm: VllmConfig
     model_path: str
@@ -43,6 +48,12 @@ class ServerPlan:
     min_pixels: int
     max_pixels: int
     max_images: int
+    transport: str
+    bucket_bytes: int = 2**29
+    hang_seconds: float = 120.0
+    start_seconds: float = 1800.0
+    max_restarts: int = 3
+    num_on_cpu: int = 1
 
 
 def command(plan: ServerPlan, *, port: int, seed: int) -> list[str]:
@@ -75,14 +86,16 @@ def command(plan: ServerPlan, *, port: int, seed: int) -> list[str]:
         options |= {"kv-cache-memory-bytes": 2**26, "block-size": 32, "max-num-batched-tokens": room}
         flags += ["--enforce-eager", "--no-enable-chunked-prefill"]
     else:
-        options["gpu-memory-utilization"] = vllm.memory_fraction
+        options["gpu-memory-utilization"] = 0.6
         flags.append("--enable-sleep-mode")
     for name, value in options.items():
         words += [f"--{name}", str(value)]
     return [*words, *flags, *vllm.arguments]
 
 
-def environment(plan: ServerPlan, *, key: str, gpus: Sequence[int], inherited: Mapping[str, str]) -> dict[str, str]:
+def server_environment(
+    plan: ServerPlan, *, key: str, gpus: Sequence[int], inherited: Mapping[str, str]
+) -> dict[str, str]:
     """The environment of a server. The key is here and not among the arguments, which every user of a machine sees."""
     ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "MEGATRON_CPPO_WATCH")
     found = {name: value for name, value in inherited.items() if name not in ours}
@@ -102,9 +115,22 @@ def environment(plan: ServerPlan, *, key: str, gpus: Sequence[int], inherited: M
 class ServerProcess:
     """A server that this process has started, and that ends with it."""
 
-    def __init__(self, plan: ServerPlan, *, index: int, seed: int, key: str, gpus: Sequence[int], log: Path) -> None:
-        """Start it; it takes a minute or more until it answers. Raises EngineError when it cannot be started."""
-        self.port = free_port(plan.vllm.host, plan.vllm.port and plan.vllm.port + index)
+    def __init__(
+        self,
+        plan: ServerPlan,
+        *,
+        seed: int,
+        key: str,
+        gpus: Sequence[int],
+        environment: Mapping[str, str],
+        log: Path,
+        port: int = 0,
+    ) -> None:
+        """Start it; it takes a minute or more until it answers. A `port` of 0 is chosen by the kernel.
+
+        Raises EngineError when the port is taken, or the interpreter cannot be run.
+        """
+        self.port = free_port(plan.vllm.host, port)
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         words = command(plan, port=self.port, seed=seed)
@@ -112,7 +138,7 @@ class ServerProcess:
             with log.open("ab") as file:
                 self._process = subprocess.Popen(
                     words,
-                    env=environment(plan, key=key, gpus=gpus, inherited=os.environ),
+                    env=server_environment(plan, key=key, gpus=gpus, inherited=environment),
                     stdin=subprocess.DEVNULL,
                     stdout=file,
                     stderr=subprocess.STDOUT,
@@ -167,8 +193,7 @@ def free_port(host: str, wanted: int = 0) -> int:
             return server.getsockname()[1]
     except OSError as error:
         raise EngineError(
-            f"vllm.port: {host}:{wanted} cannot be listened on ({error.strerror}); end what listens there, give "
-            "another, or 0 to have free ones chosen"
+            f"{host}:{wanted} cannot be listened on ({error.strerror}); end what listens there, or give another port"
         ) from error
 
 

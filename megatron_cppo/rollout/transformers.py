@@ -14,7 +14,7 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from megatron_cppo.rollout.module_weights import load_every_weight
 from megatron_cppo.rollout.sampling import drawn_tokens, greedy_tokens, sampling_logp, uniform_numbers
 from megatron_cppo.types import Group, ImageKey, Prompt, Sample
 
+_Item = TypeVar("_Item")
 _COMPACT_BELOW = 0.75
 """The batch is compacted when fewer than this share of its rows are still being decoded."""
 
@@ -43,7 +44,7 @@ class _Answer(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Sampling:
-    """The arguments of one `generate` call."""
+    """The arguments of one `generate` or `submit`."""
 
     samples_per_prompt: int
     temperature: float
@@ -108,14 +109,16 @@ class TransformersEngine:
         end_ids: Sequence[int] = (),
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        progress: Callable[[int], None] | None = None,
     ) -> None:
         """Load the checkpoint folder `model_path`; its weights are version 0.
 
         `pixels(key)` gives an image's processed patches [num_patches, channels * frames * patch * patch], fp32.
         `decode(ids)` turns a response, end token included, into `Sample.text`. At most `max_sequences` samples are
         decoded at once. The prompts are dealt out over `group`. Answers end at `end_ids`, and at those that
-        generation_config.json names. Raises EngineError if the checkpoint names no end
-        token, attends through sliding windows, or lacks one of `banned_ids`.
+        generation_config.json names. `progress(n)` hears of n more answers while nobody waits for them (`submit`).
+        Raises EngineError if the checkpoint names no end token, attends through sliding windows, or lacks one of
+        `banned_ids`.
         """
         self._model = AutoModelForImageTextToText.from_pretrained(
             model_path, dtype=dtype, attn_implementation="sdpa", local_files_only=True, trust_remote_code=False
@@ -137,8 +140,11 @@ class TransformersEngine:
         self._max_sequences = max_sequences
         self._seed = seed
         self._group = group
+        self._progress = progress or _ignore
         self._version: int | None = 0
         self._awake = True
+        self._uncollected: dict[int, list[Group]] = {}
+        self._num_submitted = 0
 
     def generate(
         self,
@@ -150,15 +156,32 @@ class TransformersEngine:
         advance: Callable[[int], None] | None = None,
     ) -> list[Group]:
         """One group of answers for each prompt, the same list on every rank; see `Engine.generate`."""
+        return self._sample(prompts, _Sampling(samples_per_prompt, temperature, salt, advance or _ignore))
+
+    def submit(self, prompts: Sequence[Prompt], *, samples_per_prompt: int, temperature: float, salt: int = 0) -> int:
+        """Sample at once, under the weights as they are, and keep the groups for `collect`."""
+        groups = self._sample(prompts, _Sampling(samples_per_prompt, temperature, salt, self._progress))
+        self._num_submitted += 1
+        self._uncollected[self._num_submitted] = groups
+        return self._num_submitted
+
+    def collect(self, ticket: int, *, advance: Callable[[int], None] | None = None) -> list[Group]:
+        """The groups that `submit` sampled."""
+        assert ticket in self._uncollected, f"ticket {ticket} is not one of {sorted(self._uncollected)}"
+        groups = self._uncollected.pop(ticket)
+        (advance or _ignore)(sum(len(group.samples) for group in self._own_block(groups)))
+        return groups
+
+    def _sample(self, prompts: Sequence[Prompt], sampling: _Sampling) -> list[Group]:
         if self._version is None:
             raise EngineError("the weights are incomplete since the last load failed; load all of them first")
         if not self._awake:
             raise EngineError("the engine is asleep; wake it before generating")
-        if samples_per_prompt < 1 or temperature < 0:
+        if sampling.samples_per_prompt < 1 or sampling.temperature < 0:
             raise EngineError(
-                f"need samples_per_prompt >= 1 and temperature >= 0, got {samples_per_prompt} and {temperature}"
+                f"need samples_per_prompt >= 1 and temperature >= 0, got {sampling.samples_per_prompt} and "
+                f"{sampling.temperature}"
             )
-        sampling = _Sampling(samples_per_prompt, temperature, salt, advance or _ignore)
         version = self._version
         answers = self._gather(self._answer(self._own_block(prompts), sampling))
         return [
@@ -193,12 +216,12 @@ class TransformersEngine:
     def close(self) -> None:
         """Nothing is to be let go."""
 
-    def _own_block(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
-        """This rank's contiguous share of the prompts; shares differ by one at most."""
+    def _own_block(self, every: Sequence[_Item]) -> Sequence[_Item]:
+        """This rank's contiguous share of the prompts, or of their groups; shares differ by one at most."""
         if self._group is None:
-            return prompts
+            return every
         rank, size = dist.get_rank(self._group), dist.get_world_size(self._group)
-        return prompts[len(prompts) * rank // size : len(prompts) * (rank + 1) // size]
+        return every[len(every) * rank // size : len(every) * (rank + 1) // size]
 
     def _gather(self, answers: list[list[_Answer]]) -> list[list[_Answer]]:
         """The answers of all ranks, in the order of the prompts (all-gather over the engine's group)."""

@@ -44,10 +44,10 @@ class Slot:
     url: str = ""
 
 
-def slots(hosts: Sequence[str], gpus: Sequence[int], *, tensor_parallel: int, most: int) -> list[Slot]:
-    """Servers on the GPUs of the trainer's ranks, `tensor_parallel` of one machine each; at most `most` (0: all).
+def slots(hosts: Sequence[str], gpus: Sequence[int], *, tensor_parallel: int) -> list[Slot]:
+    """Servers on the GPUs of the trainer's ranks, `tensor_parallel` of one machine each.
 
-    >>> slots(["a", "a", "b", "b"], [0, 1, 0, 1], tensor_parallel=2, most=0)
+    >>> slots(["a", "a", "b", "b"], [0, 1, 0, 1], tensor_parallel=2)
     [Slot(rank=0, gpus=(0, 1), url=''), Slot(rank=2, gpus=(0, 1), url='')]
     """
     found = []
@@ -56,7 +56,7 @@ def slots(hosts: Sequence[str], gpus: Sequence[int], *, tensor_parallel: int, mo
         for start in range(0, len(ranks) - tensor_parallel + 1, tensor_parallel):
             chosen = ranks[start : start + tensor_parallel]
             found.append(Slot(chosen[0], tuple(gpus[rank] for rank in chosen)))
-    return found[:most] if most else found
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +89,7 @@ class VllmEngine:
         places: Sequence[Slot],
         expected: Mapping[str, tuple[int, ...]],
         model: Mapping[str, object],
-        transport: str,
+        environment: Mapping[str, str],
         seed: int,
         key: str,
         group: dist.ProcessGroup | None,
@@ -105,6 +105,7 @@ class VllmEngine:
         self._plan, self._rules, self._calls, self._places = plan, rules, callbacks, tuple(places)
         self._model, self._seed, self._group, self._log_dir = model, seed, group, log_dir
         self._rank = 0 if group is None else dist.get_rank(group)
+        self._environment = environment
         self._key, label = self._share((key or secrets.token_urlsafe(32), secrets.token_hex(4)))
         self._address = address
         self._fleet: Fleet | None = None
@@ -114,14 +115,14 @@ class VllmEngine:
                 key=self._key,
                 label=label,
                 max_sequences=plan.max_sequences,
-                hang_seconds=plan.vllm.hang_seconds,
-                start_seconds=60 * plan.vllm.start_minutes,
-                max_restarts=plan.vllm.max_restarts,
+                hang_seconds=plan.hang_seconds,
+                start_seconds=plan.start_seconds,
+                max_restarts=plan.max_restarts,
             )
         self._push = WeightPush(
             fleet=self._fleet,
-            transport=transport,
-            bucket_bytes=plan.vllm.bucket_mib << 20,
+            transport=plan.transport,
+            bucket_bytes=plan.bucket_bytes,
             expected=expected,
             device=device,
             group=group,
@@ -208,12 +209,12 @@ class VllmEngine:
     def sleep(self) -> None:
         """Have the servers give their GPUs' memory away; what weights they have is lost (`load_weights` follows)."""
         self._awake = False
-        if self._plan.vllm.placement == "colocated":
+        if not self._plan.vllm.addresses:
             self._everywhere("/sleep", level="2")
 
     def wake(self) -> None:
         """Have the servers take their memory back."""
-        if self._plan.vllm.placement == "colocated":
+        if not self._plan.vllm.addresses:
             self._everywhere("/wake_up")
         self._awake = True
 
@@ -316,10 +317,10 @@ class VllmEngine:
             self._processes.pop(index).end()
         process = ServerProcess(
             self._plan,
-            index=index,
             seed=self._seed + index,
             key=self._key,
             gpus=place.gpus,
+            environment=self._environment,
             log=self._log_dir / f"vllm{index}.log",
         )
         self._processes[index] = process

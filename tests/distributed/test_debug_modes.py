@@ -15,7 +15,18 @@ import pytest
 
 from tests.distributed.tiny_run import NUM_STEPS, Launcher, write_recipe
 
-SHARED = ("policy/", "perception/", "optim/", "reward/", "tokens/", "response/", "groups/", "samples/", "grading/")
+SHARED = (
+    "policy/",
+    "perception/",
+    "optim/",
+    "reward/",
+    "tokens/",
+    "response/",
+    "groups/",
+    "samples/",
+    "grading/",
+    "rollout/",
+)
 NO_EVALUATION = ("--data.evaluation",)  # no file behind it
 LAYOUTS = {
     "TP2": (),

@@ -151,6 +151,10 @@ def metrics(progress: float, rng: np.random.Generator) -> dict[str, float]:
         "tokens/response": float(rng.integers(290, 340)),
         "tokens/segments": 2400.0,
         "tokens/vision": 1600.0,
+        "rollout/logp_gap_image": 1e-6 * (1 + grown),
+        "rollout/staleness_mean": 0.5 + 0.2 * grown,
+        "rollout/staleness_max": 1.0,
+        "rollout/cut_share": 0.3,
         "grading/right": 9.0,
     }
 

@@ -24,11 +24,12 @@ NAMELESS = {"utils", "util", "common", "helpers", "helper", "misc"}
 
 PACKAGE = ("megatron_cppo/",)
 PROGRAMS = ("megatron_cppo/", "tools/", "examples/", "benchmarks/")
-ENVIRONMENT_READERS = ("megatron_cppo/train.py", "megatron_cppo/policy/platform.py")
+IN_VLLM = "megatron_cppo/rollout/inside_vllm/megatron_cppo_in_vllm.py"
+ENVIRONMENT_READERS = ("megatron_cppo/train.py", "megatron_cppo/policy/platform.py", IN_VLLM)
 IMPORTERS: dict[str, tuple[str, ...]] = {
     "megatron": ("megatron_cppo/policy/",),
     "tyro": ("megatron_cppo/train.py",),
-    "vllm": (),
+    "vllm": (IN_VLLM,),
 }
 DESCRIPTION = ("config", "types", "plan")  # what `--check` needs; plan imports the other two
 HEAVY = ("torch", "transformers", "megatron", "numpy")

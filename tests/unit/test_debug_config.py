@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_cppo import config as configuration
-from megatron_cppo.config import AlgorithmConfig, Config, ConfigError, DebugConfig, TrainerConfig
-from megatron_cppo.loop import loop_of, reinforce, sample, supervise
+from megatron_cppo.config import AlgorithmConfig, Config, ConfigError, DebugConfig, RolloutConfig, TrainerConfig
+from megatron_cppo.loop import reinforce, sample, supervise
+from megatron_cppo.loop_async import loop_of, reinforce_async
 from megatron_cppo.plan import resolve
 from megatron_cppo.resume import PACKING, RESUMABLE, refuse_other_config
 
@@ -47,6 +48,7 @@ def test_a_supervised_run_has_no_rollouts(mode: str, tmp_path: Path) -> None:
 
 def test_the_loop_is_chosen_by_objective_and_mode() -> None:
     assert loop_of(Config()) is reinforce
+    assert loop_of(Config(rollout=RolloutConfig(max_staleness=1))) is reinforce_async
     assert loop_of(Config(debug=DebugConfig(rollout_only=True))) is sample
     assert loop_of(Config(algorithm=AlgorithmConfig(objective="supervised"))) is supervise
 
@@ -86,6 +88,11 @@ def test_a_run_may_be_resumed_with_another_layout_or_what_changes_no_number(name
 def test_everything_else_makes_another_run(name: str, started: Path) -> None:
     with pytest.raises(ConfigError, match=f"  {name}: "):
         refuse_other_config(started, changed(name))
+
+
+def test_a_run_keeps_the_lead_of_its_rollouts(started: Path) -> None:
+    with pytest.raises(ConfigError, match=r"  rollout\.max_staleness: 0 there, 7 here"):
+        refuse_other_config(started, changed("rollout.max_staleness"))
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,26 @@ SINGLE_PROBLEMS: dict[str, tuple[dict[str, object], str]] = {
         "trainer.updates_per_step: 5 does not divide prompts_per_step 12; use 4",
     ),
     "no prompts": ({"trainer__prompts_per_step": 0}, "trainer.prompts_per_step: 0 is outside [1, inf]; use 1"),
+    "rollouts of the future": (
+        {"rollout__max_staleness": -1},
+        "rollout.max_staleness: -1 is outside [0, inf]; use 0",
+    ),
+    "a lead without rollouts": (
+        {"rollout__max_staleness": 1, "algorithm__objective": "supervised"},
+        "rollout.max_staleness: with algorithm.objective supervised no rollout can run ahead of an update; use 0",
+    ),
+    "a lead over saved rollouts": (
+        {"rollout__max_staleness": 1, "debug__train_on": "/"},
+        "rollout.max_staleness: with debug.train_on no rollout can run ahead of an update; use 0",
+    ),
+    "a lead over nothing": (
+        {"rollout__max_staleness": 2, "debug__rollout_only": True},
+        "rollout.max_staleness: with debug.rollout_only no rollout can run ahead of an update; use 0",
+    ),
+    "checks of saved rollouts": (
+        {"rollout__check_every_steps": 1, "debug__train_on": "/"},
+        "rollout.check_every_steps: saved rollouts are of another run's weights; use 0",
+    ),
     "warm-up": (
         {"optimizer__warmup_updates": 21},
         "optimizer.warmup_updates: 21 leaves no update after the warm-up (the run has 21); use fewer",
@@ -349,6 +369,8 @@ def test_derived_numbers(good: Config) -> None:
     # Without sequence parallelism no row is padded, and one update a step is on-policy.
     plain = plan.resolve(changed(good, policy__sequence_parallel=False, trainer__updates_per_step=1))
     assert (plain.packing.row_multiple, plain.scores_old_logp, plain.prompts_per_update) == (1, False, 12)
+    # Nor is one on rollouts of older weights.
+    assert plan.resolve(changed(good, trainer__updates_per_step=1, rollout__max_staleness=1)).scores_old_logp
     assert not plan.resolve(changed(good, algorithm__beta=0.0)).uses_reference
     grpo = plan.resolve(changed(good, algorithm__objective="grpo"))
     assert (grpo.longest_sample_tokens, grpo.views_in_one_row, grpo.uses_reference) == (128, 1, True)

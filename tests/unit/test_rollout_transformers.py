@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,6 +54,7 @@ def make_engine(
     max_response_tokens: int = 12,
     max_sequences: int = 64,
     seed: int = 5,
+    progress: Callable[[int], None] | None = None,
 ) -> TransformersEngine:
     return TransformersEngine(
         folder,
@@ -64,6 +65,7 @@ def make_engine(
         max_sequences=max_sequences,
         seed=seed,
         group=None,
+        progress=progress,
     )
 
 
@@ -224,6 +226,33 @@ def test_weights_replace_those_of_the_checkpoint(
     assert {sample.version for group in before for sample in group.samples} == {0}
     assert {sample.version for group in after for sample in group.samples} == {7}
     check_logp(TinyQwen.load(other), after, temperature=1.0)
+
+
+def test_a_ticket_keeps_what_the_weights_of_its_submission_sampled(
+    tmp_path: Path, folder: Path, prompts: list[Prompt]
+) -> None:
+    other = load_file(make_tiny_qwen(tmp_path / "other", seed=1, end_ids=MANY_END_IDS) / "model.safetensors")
+    watched: list[int] = []
+    engine: Engine = make_engine(folder, progress=watched.append)
+    expected = engine.generate(prompts, samples_per_prompt=2, temperature=1.0, salt=1)
+    assert watched == []
+    first = engine.submit(prompts, samples_per_prompt=2, temperature=1.0, salt=1)
+    second = engine.submit(prompts[:2], samples_per_prompt=3, temperature=1.0)
+    assert sum(watched) == 2 * len(prompts) + 3 * 2
+    engine.load_weights(other.items(), version=1)
+    third = engine.submit(prompts, samples_per_prompt=2, temperature=1.0, salt=1)
+    heard: list[int] = []
+    after = engine.collect(third, advance=heard.append)
+    assert sum(heard) == 2 * len(prompts)
+    assert after == engine.generate(prompts, samples_per_prompt=2, temperature=1.0, salt=1)
+    assert {sample.version for group in after for sample in group.samples} == {1}
+    assert engine.collect(first) == expected != after
+    assert [len(group.samples) for group in engine.collect(second)] == [3, 3]
+    with pytest.raises(AssertionError, match="ticket"):
+        engine.collect(first)
+    engine.sleep()
+    with pytest.raises(EngineError, match="asleep"):
+        engine.submit(prompts, samples_per_prompt=2, temperature=1.0)
 
 
 def test_names_on_disk_and_in_the_module(folder: Path, plain: TinyQwen) -> None:

@@ -58,6 +58,7 @@ def groups_of(step: int, *, samples: int = 2) -> list[Group]:
                 text="é \u2028 \ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16"),
                 truncated=index == 1,
                 version=step,
+                earlier=((step - 2, 1), (step - 1, 3)) if index == 1 else (),
                 reward=0.1 + 0.2,
                 rewards=(("accuracy", 1 / 3), ("format", 0.0)),
                 grading="ok",
@@ -142,6 +143,37 @@ def test_damaged_files_are_named(folder: Path) -> None:
     path.write_text("\n".join(lines[:2]) + "\n")
     with pytest.raises(SavedError, match="holds 1 groups, and its head says 2"):
         saved.groups(2)
+
+
+def change_samples(path: Path, **fields: object) -> None:
+    """Give every sample of a file these fields; None removes one."""
+    head, *groups = map(json.loads, path.read_text().splitlines())
+    for group in groups:
+        for sample in group["samples"]:
+            sample |= fields
+            for name in [name for name, value in fields.items() if value is None]:
+                del sample[name]
+    path.write_text("".join(json.dumps(line) + "\n" for line in (head, *groups)))
+
+
+def test_rollouts_from_before_answers_could_be_cut_are_read(folder: Path) -> None:
+    change_samples(rollout_file(folder, 1), earlier=None)
+    found = SavedRollouts(config_of(folder), find=prompt_of, vocab_size=VOCAB).groups(1)
+    whole = [
+        Group(group.prompt, tuple(dataclasses.replace(sample, earlier=()) for sample in group.samples))
+        for group in groups_of(1)
+    ]
+    assert repr(found) == repr(whole)
+
+
+@pytest.mark.parametrize(
+    "earlier", [[[0, 5]], [[0, 0]], [[0, -1]], [[1, 2]], [[2, 2]], [[0, 1], [0, 1]], [[-1, 2], [0, 3]]]
+)
+def test_parts_of_an_answer_have_to_fit_its_tokens(folder: Path, earlier: list[list[int]]) -> None:
+    change_samples(rollout_file(folder, 1), earlier=earlier)
+    saved = SavedRollouts(config_of(folder), find=prompt_of, vocab_size=VOCAB)
+    with pytest.raises(SavedError, match=r"step_000001.jsonl:2: `earlier` of sample 0 does not fit its tokens"):
+        saved.groups(1)
 
 
 def skipped(step: int, updates: tuple[int, ...] = (1,)) -> SkippedStep:

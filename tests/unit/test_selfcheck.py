@@ -1,7 +1,8 @@
-"""The first step's self-check: each threshold from both sides, NaN, and what a failure says."""
+"""The truth check: each threshold from both sides, NaN, which tokens count, and what a failure says."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -9,8 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_cppo.selfcheck import MAX_KL, MAX_LOG_RATIO, MAX_LOGP_GAP, SelfCheckError, check_first_step
-from megatron_cppo.types import Batch, Prompt, Sample, SampleStatistics
+from megatron_cppo.selfcheck import (
+    MAX_KL,
+    MAX_LOG_RATIO,
+    MAX_LOGP_GAP,
+    SelfCheckError,
+    check_engine,
+    check_first_step,
+    engine_gap,
+)
+from megatron_cppo.types import Batch, ImageGrid, Prompt, Sample, SampleStatistics
 
 PROMPT = Prompt("train", 0, 0, "", "", "", (1,), ((0,), (0,), (0,)), 1, (), ())
 LOGP = (-0.5, -2.0, -0.25)
@@ -90,7 +99,7 @@ def test_the_engine_must_agree_with_the_scoring_pass_on_average() -> None:
     for sign in (1, -1):
         check(engine=(sign * 0.0999 * num_tokens, 0.0, 0.0))
         (line,) = failure(engine=(0.0, sign * 0.05005 * num_tokens, -sign * 0.05005 * num_tokens))
-        assert "differ by 1.00e-01 nat a token on average, more than 0.1 (rollout.max_logp_gap)" in line
+        assert "differ by 1.00e-01 on text prompts, in nats a token on average, more than 0.1 (rollout.max_log" in line
         assert "weight sync" in line
 
 
@@ -120,7 +129,7 @@ def test_not_a_number_fails_wherever_it_stands(place: int, at_sample: int) -> No
 
 def test_an_engine_gap_that_is_not_a_number_fails() -> None:
     (line,) = failure(engine=(0.0, math.nan, 0.0))
-    assert "differ by nan" in line
+    assert "differ by nan on text prompts" in line
 
 
 def test_all_problems_are_said_at_once() -> None:
@@ -131,3 +140,71 @@ def test_all_problems_are_said_at_once() -> None:
 def test_only_samples_before_the_first_update_must_have_ratio_one() -> None:
     check(ratios=(1.0, 1.0, 1.0), at_sample=2, first_update_samples=2)
     failure(ratios=(1.0, 1.0, 1.0), at_sample=1, first_update_samples=2)
+
+
+WITH_IMAGE = dataclasses.replace(PROMPT, row=1, grids=(ImageGrid(1, 2, 2, 2),))
+VERSION = 6
+
+
+def answer(prompt: Prompt, *errors: float, version: int = VERSION, earlier: tuple[tuple[int, int], ...] = ()) -> Sample:
+    """An answer whose engine's log-probs differ from the policy's by `errors`."""
+    logp = tuple(-1.0 - error for error in errors)
+    return Sample(prompt, 0, (3,) * len(errors), logp, "", False, version, earlier=earlier)
+
+
+def gap_of(*samples: Sample) -> dict[str, float]:
+    old = tuple(torch.full((len(sample.token_ids),), -1.0) for sample in samples)
+    found = engine_gap(Batch(samples, None, (), old), version=VERSION)
+    return {name.removeprefix("rollout/logp_gap_"): value for name, value in found.items()}
+
+
+def engine_failure(*samples: Sample) -> str:
+    gap = {f"rollout/logp_gap_{name}": value for name, value in gap_of(*samples).items()}
+    with pytest.raises(SelfCheckError, match=f"step {VERSION + 1}: the check of the engine against") as caught:
+        check_engine(gap, step=VERSION + 1, precision="fp32", max_logp_gap=0.1)
+    return str(caught.value).splitlines()[1]
+
+
+def test_the_gap_is_that_of_tokens() -> None:
+    found = gap_of(answer(WITH_IMAGE, 0.5), answer(PROMPT, *[0.25] * 98, -0.375))
+    assert found == {"mean": (0.5 + 98 * 0.25 + 0.375) / 100, "p99": 0.375, "max": 0.5} | {
+        **{"image": 0.5, "text": (98 * 0.25 + 0.375) / 99}
+    }
+    assert gap_of(answer(PROMPT, 0.25, 0.5)) == {"mean": 0.375, "p99": 0.5, "max": 0.5, "text": 0.375}
+
+
+def test_an_engine_that_is_wrong_on_images_alone_is_caught_and_named() -> None:
+    """Few as they are: over all tokens the mean is below the bound."""
+    samples = [answer(WITH_IMAGE, 0.25, 0.5), *(answer(PROMPT, 0.0, 0.0) for _ in range(50))]
+    assert gap_of(*samples)["mean"] < 0.1
+    said = engine_failure(*samples)
+    assert "differ by 3.75e-01 on image prompts, in nats a token on average, more than 0.1" in said
+    assert "(text prompts: 0.00e+00)" in said
+    assert "vision features or a prefix cache" in said
+    assert "the weight sync" not in said
+
+
+def test_an_engine_that_is_wrong_everywhere_is_another_suspect() -> None:
+    said = engine_failure(answer(WITH_IMAGE, 0.5), answer(PROMPT, 0.25))
+    assert "differ by 5.00e-01 on image prompts and 2.50e-01 on text prompts" in said
+    assert "suspect the weight sync, banned ids, the temperature" in said
+
+
+def test_tokens_of_other_weights_do_not_count() -> None:
+    fresh = answer(PROMPT, 0.125, 0.25)
+    cut = answer(WITH_IMAGE, 9.0, 9.0, 9.0, 0.5, version=VERSION, earlier=((VERSION - 2, 1), (VERSION - 1, 2)))
+    stale = [answer(PROMPT, 9.0, version=VERSION - 1), answer(PROMPT, 9.0, 9.0, version=0, earlier=())]
+    found = gap_of(*stale, fresh, cut)
+    assert found == {"mean": 0.875 / 3, "p99": 0.5, "max": 0.5, "image": 0.5, "text": 0.1875}
+    assert gap_of(*stale) == {}
+    check_engine({}, step=VERSION + 1, precision="fp32", max_logp_gap=0.1)
+
+
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("prompt", [PROMPT, WITH_IMAGE])
+def test_an_engine_that_says_nan_is_caught_at_any_step(prompt: Prompt, place: int) -> None:
+    errors = [0.0] * 4
+    errors[place] = math.nan
+    assert math.isnan(gap_of(answer(prompt, *errors), answer(PROMPT, 0.0))["max"])
+    kind = "image" if prompt.grids else "text"
+    assert f"differ by nan on {kind} prompts" in engine_failure(answer(prompt, *errors), answer(PROMPT, 0.0))
