@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+Correction = Literal["auto", "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 Preserving = Literal["color_jitter", "perspective", "rotation"]
 Removing = Literal["occlusion", "zoom_crop", "blacken"]
 
@@ -80,7 +81,7 @@ class AlgorithmConfig:
     """Estimator of that KL on the sampled tokens."""
     entropy_coefficient: float = 0.0
     """Weight of the policy's entropy bonus."""
-    correction: Literal["auto", "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "auto"
+    correction: Correction = "auto"
     """Weight each token's policy loss by old policy over engine, of the token or of its whole answer, to make up for an
     engine that computes otherwise: truncated at the bound, or masked outside of it. auto: token_truncate in bf16, else
     none."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_cppo import bounds, families, layout, serving
 from megatron_cppo.architecture import ModelShape
-from megatron_cppo.config import Config, ConfigError, type_problems
+from megatron_cppo.config import Config, ConfigError, Correction, type_problems
 from megatron_cppo.layout import nearest_divisor
 
 BYTES = {"fp32": 4, "bf16": 2}
@@ -80,7 +80,7 @@ class Plan:
     views_in_one_row: int
     uses_reference: bool
     scores_old_logp: bool
-    correction: str
+    correction: Correction
     num_parameters: int
     memory: Memory
 
@@ -128,7 +128,7 @@ def _derive(config: Config, shape: ModelShape) -> Plan:
     )
 
 
-def _correction(config: Config) -> str:
+def _correction(config: Config) -> Correction:
     """How the loss makes up for an engine that is not the policy; "auto": in some way where the two may differ."""
     differ = config.policy.precision == "bf16" or config.rollout.max_staleness > 0
     automatic = "token_truncate" if differ and config.algorithm.objective != "supervised" else "none"

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,8 @@ def unusual() -> Config:
     for section in dataclasses.fields(Config):
         default = getattr(Config(), section.name)
         fields = {
-            field.name: other(getattr(default, field.name), str(field.type)) for field in dataclasses.fields(default)
+            name: other(getattr(default, name), str(kind).removeprefix("typing."))
+            for name, kind in typing.get_type_hints(type(default)).items()
         }
         sections[section.name] = dataclasses.replace(default, **fields)
     return Config(**sections)

@@ -117,8 +117,8 @@ def repack_tied_weights(model: torch.nn.Module) -> None:
     that is tied to the embedding is never loaded, so it would keep the first weights for ever.
     """
     seen: set[int] = set()
-    layer: Any
-    for layer in model.modules():
+    for module in model.modules():
+        layer: Any = module
         weight = getattr(layer, "weight", None)
         if isinstance(weight, Tensor) and hasattr(layer, "cpu_linear") and weight.numel():
             if id(weight) in seen:

@@ -31,8 +31,9 @@ from megatron_cppo.config import (
 from megatron_cppo.data.prompts import PromptSource
 from megatron_cppo.data.tokenizer import vocabulary
 from megatron_cppo.plan import resolve
-from megatron_cppo.rollout.build import Needs, build
+from megatron_cppo.rollout.build import Needs, server_plan, vllm_engine
 from megatron_cppo.rollout.module_weights import module_name
+from megatron_cppo.rollout.server import ServerPlan
 from megatron_cppo.rollout.vllm import VllmEngine
 from megatron_cppo.types import Group, ImageKey, Prompt, Sample
 
@@ -50,6 +51,7 @@ class World:
     folder: Path
     source: PromptSource
     config: Config
+    servers: ServerPlan
     sent: dict[str, Tensor] = field(default_factory=dict)
     """The policy's weights: what a server is sent that was started again."""
 
@@ -63,8 +65,10 @@ class World:
         return {name: tensor * (1 + changed) if tensor.dim() > 1 else tensor for name, tensor in read.items()}
 
 
-def make_world(folder: Path, *, tied: bool = True, precision: Literal["fp32", "bf16"] = "fp32", **vllm: Any) -> World:
-    """The demo's task, with a fresh model of this seed."""
+def make_world(
+    folder: Path, *, tied: bool = True, precision: Literal["fp32", "bf16"] = "fp32", **servers: Any
+) -> World:
+    """The demo's task, with a fresh model of this seed; `servers` are fields of ServerPlan."""
     make_model(folder / "model", seed=3, tied=tied)
     paths = make_data(folder, seed=3, num_train=64, num_warm=1, num_evaluation=16)
     config = Config(
@@ -73,7 +77,7 @@ def make_world(folder: Path, *, tied: bool = True, precision: Literal["fp32", "b
         rollout=RolloutConfig(
             engine="vllm", samples_per_prompt=4, max_response_tokens=MAX_RESPONSE_TOKENS, max_sequences=32
         ),
-        vllm=VllmConfig(python=PYTHON, bucket_mib=1),
+        vllm=VllmConfig(python=PYTHON),
         policy=PolicyConfig(device="cpu", precision=precision, max_tokens_per_microbatch=2048),
         trainer=TrainerConfig(run_dir=str(folder / "run"), prompts_per_step=4),
     )
@@ -86,7 +90,8 @@ def make_world(folder: Path, *, tied: bool = True, precision: Literal["fp32", "b
         perception=PerceptionConfig(),
         seed=0,
     )
-    return World(folder, source, replace(config, vllm=replace(config.vllm, **vllm)))
+    plan = replace(server_plan(config, max_images=1), bucket_bytes=2**20, **servers)
+    return World(folder, source, config, plan)
 
 
 @contextmanager
@@ -112,9 +117,9 @@ def engine(
         address="127.0.0.1",
         key=key,
         local_rank=0,
+        environment=os.environ,
     )
-    made = build(world.config, resolve(world.config), needs, group=None)
-    assert isinstance(made, VllmEngine)
+    made = vllm_engine(world.config, resolve(world.config), needs, None, servers=world.servers)
     try:
         made.load_weights(iter(world.sent.items()), version=0)
         yield made

@@ -11,23 +11,28 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_cppo.rollout.build import server_plan
+from megatron_cppo import config as configuration
 from megatron_cppo.rollout.engine import EngineError
 from megatron_cppo.rollout.server import ServerProcess
 from megatron_cppo.rollout.vllm import VllmEngine
+from megatron_cppo.train import VLLM_KEY
 from tests.integration.vllm import rig
 from tests.integration.vllm.proxy import Proxy
 
+ROOT = Path(__file__).parents[3]
 KEY = "a key for the tests"
 BOUND = 1e-4
 
@@ -53,7 +58,7 @@ def check(world: rig.World, samples: list[rig.Sample]) -> None:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[rig.World, VllmEngine]]:
-    world = rig.make_world(tmp_path_factory.mktemp("pair"), num_servers=2, hang_seconds=6.0)
+    world = rig.make_world(tmp_path_factory.mktemp("pair"), num_on_cpu=2, hang_seconds=6.0)
     with rig.engine(world) as engine:
         yield world, engine
 
@@ -77,6 +82,7 @@ def test_one_of_two_servers_fails(
     def strike() -> None:
         time.sleep(0.3)
         os.killpg(victim, number)
+        assert engine._fleet.servers[0].asked > 0, "nothing is lost with it"  # type: ignore[union-attr]
 
     samples = answered(engine, world, strike)
     seconds = time.monotonic() - start
@@ -87,7 +93,7 @@ def test_one_of_two_servers_fails(
     assert seen in lines[0] or "Server disconnected" in lines[0] or "Connection reset" in lines[0], lines
     told(injected, lines, samples, seconds)
     # The next wait starts it again, and it is sent the weights before it is asked.
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while {server.state for server in engine._fleet.servers} != {"ready"}:  # type: ignore[union-attr]
         assert time.monotonic() < deadline, [server.why for server in engine._fleet.servers]  # type: ignore[union-attr]
         check(world, answered(engine, world, lambda: time.sleep(1)))
@@ -97,25 +103,27 @@ def test_one_of_two_servers_fails(
 @contextmanager
 def found_server(world: rig.World, folder: Path) -> Iterator[ServerProcess]:
     """A server that somebody else has started."""
-    plan = dataclasses.replace(server_plan(world.config, max_images=1), model_path=str(folder))
+    plan = dataclasses.replace(world.servers, model_path=str(folder))
     log = world.folder / "found.log"
-    server = ServerProcess(plan, index=0, seed=0, key=KEY, gpus=(), log=log)
+    server = ServerProcess(plan, seed=0, key=KEY, gpus=(), environment=os.environ, log=log)
     try:
         yield server
     finally:
         server.end()
 
 
-def separate(world: rig.World, url: str, **vllm: object) -> rig.World:
-    settings = dataclasses.replace(world.config.vllm, placement="separate", addresses=(url,), **vllm)  # type: ignore[arg-type]
-    return dataclasses.replace(world, config=dataclasses.replace(world.config, vllm=settings))
+def separate(world: rig.World, url: str, **servers: Any) -> rig.World:
+    """The same, with a server that is found at `url`."""
+    config = dataclasses.replace(world.config, vllm=dataclasses.replace(world.config.vllm, addresses=(url,)))
+    plan = dataclasses.replace(world.servers, vllm=config.vllm, transport="gloo", **servers)
+    return dataclasses.replace(world, config=config, servers=plan)
 
 
 def test_a_server_that_answers_garbage_and_one_that_is_gone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     world = rig.make_world(tmp_path)
     with found_server(world, world.folder / "model") as server:
         proxy = Proxy(f"http://127.0.0.1:{server.port}")
-        world = separate(world, proxy.url, start_minutes=2.0)
+        world = separate(world, proxy.url, start_seconds=120.0)
         spoiled: list[str] = []
 
         def spoil(how: Callable[[bytes], bytes], times: int) -> Callable[[str, bytes], bytes]:
@@ -177,19 +185,28 @@ def test_a_server_of_another_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
+    world = rig.make_world(tmp_path)
+    recipe = tmp_path / "recipe.json"
+    configuration.save(world.config, recipe)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        world = rig.make_world(tmp_path, port=port)
-        with (
-            pytest.raises(EngineError, match=f"vllm.port: 127.0.0.1:{port} cannot be listened on") as refused,
-            rig.engine(world),
-        ):
-            pass
-        print(f"| a port in use | {refused.value} | the run ends before it begins | |")
+        served = subprocess.run(
+            [sys.executable, "tools/serve_rollouts.py", str(recipe), "--port", str(port)],
+            env=os.environ | {VLLM_KEY: KEY, "PYTHONPATH": str(ROOT)},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert served.returncode == 2, served.stderr
+    assert f"127.0.0.1:{port} cannot be listened on (Address already in use)" in served.stderr
+    print(f"| a port in use | {served.stderr.strip()} | tools/serve_rollouts.py ends with status 2 | |")
 
 
 def test_a_server_that_does_not_come_up_is_given_up_with_its_log(tmp_path: Path) -> None:
-    world = rig.make_world(tmp_path, arguments=("--no-such-argument",), max_restarts=1)
+    world = rig.make_world(tmp_path, max_restarts=1)
+    vllm = dataclasses.replace(world.config.vllm, arguments=("--no-such-argument",))
+    world = dataclasses.replace(world, servers=dataclasses.replace(world.servers, vllm=vllm))
     with pytest.raises(EngineError, match="no vLLM server is left") as refused, rig.engine(world):
         pass
     assert "--no-such-argument" in str(refused.value)
@@ -197,7 +214,9 @@ def test_a_server_that_does_not_come_up_is_given_up_with_its_log(tmp_path: Path)
 
 
 def test_a_broadcast_reaches_both_workers_of_a_server(tmp_path: Path) -> None:
-    world = rig.make_world(tmp_path, tied=False, tensor_parallel=2, transport="gloo")
+    world = rig.make_world(tmp_path, tied=False, transport="gloo")
+    vllm = dataclasses.replace(world.config.vllm, tensor_parallel=2)
+    world = dataclasses.replace(world, servers=dataclasses.replace(world.servers, vllm=vllm))
     with rig.engine(world) as engine:
         for version, changed in enumerate((0.0, 0.2, -0.1), 1):
             weights = world.weights(changed=changed)
