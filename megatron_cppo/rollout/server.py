@@ -108,7 +108,13 @@ def server_environment(
     }
     if plan.device == "cpu":
         # Compiling a helper for log-probs would take the first request half a minute.
-        return found | {"TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_CI_ENV": "1"}
+        # Bound to cores, all servers would have the same ones.
+        return found | {
+            "TORCH_COMPILE_DISABLE": "1",
+            "VLLM_CPU_CI_ENV": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": inherited.get("OMP_NUM_THREADS", "1"),
+        }
     return found | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
 
 
