@@ -211,6 +211,9 @@ class VllmEngine:
         self._awake = False
         if not self._plan.vllm.addresses:
             self._everywhere("/sleep", level="2")
+            if self._fleet is not None:
+                for server in self._fleet.usable():
+                    self._fleet.lacks(server)
 
     def wake(self) -> None:
         """Have the servers take their memory back."""

@@ -1,0 +1,190 @@
+"""What is checked before any server is started, and what servers are started with."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from examples.digits import make_data, make_model
+from megatron_cppo import serving
+from megatron_cppo.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    PerceptionConfig,
+    PolicyConfig,
+    RolloutConfig,
+    TrainerConfig,
+    VllmConfig,
+)
+from megatron_cppo.data.prompts import PromptSource
+from megatron_cppo.families import read_shape
+from megatron_cppo.rollout.build import server_plan
+from megatron_cppo.rollout.engine import EngineError
+from megatron_cppo.rollout.server import command, describe_problems, server_environment
+from megatron_cppo.rollout.vllm import Slot, slots
+from megatron_cppo.rollout.weight_push import checked
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("serving")
+    make_model(folder / "model", seed=3)
+    make_data(folder, seed=3, num_train=12, num_warm=1, num_evaluation=1)
+    return folder
+
+
+def config(folder: Path, device: Any = "cpu", **vllm: Any) -> Config:
+    return Config(
+        model=ModelConfig(path=str(folder / "model"), min_pixels=3136, max_pixels=50_000),
+        data=DataConfig(train=(str(folder / "train.parquet"),), max_prompt_tokens=100),
+        rollout=RolloutConfig(engine="vllm", max_response_tokens=50, max_sequences=7),
+        policy=PolicyConfig(device=device, precision="fp32"),
+        vllm=VllmConfig(**vllm),
+    )
+
+
+@pytest.mark.parametrize(
+    ("vllm", "says"),
+    [
+        ({"addresses": ("node7:8000",)}, "'node7:8000' is no http://host:port"),
+        ({"addresses": ("http://",)}, "'http://' is no http://host:port"),
+        ({"addresses": ("http://a:1/v1",)}, "'http://a:1/v1' is no http://host:port"),
+        ({"tensor_parallel": 3}, "3 does not divide the model's 4 attention heads"),
+    ],
+)
+def test_what_cannot_work_is_named(vllm: dict[str, Any], says: str, folder: Path) -> None:
+    found = serving.problems(config(folder, **vllm), read_shape(str(folder / "model")))
+    assert len(found) == 1, found
+    assert says in found[0]
+    embedded = dataclasses.replace(config(folder, **vllm), rollout=RolloutConfig())
+    assert serving.problems(embedded, read_shape(str(folder / "model"))) == []
+
+
+def test_colocated_servers_on_gpus(folder: Path) -> None:
+    chosen = config(folder, "cuda", tensor_parallel=4)
+    assert "the trainer has 1; use fewer" in serving.problems(chosen, None)[0]
+    more = dataclasses.replace(chosen, trainer=TrainerConfig(num_gpus=8))
+    assert serving.problems(more, None) == []
+    ahead = dataclasses.replace(more, rollout=dataclasses.replace(more.rollout, max_staleness=1))
+    assert "cannot run ahead" in serving.problems(ahead, None)[0]
+    apart = dataclasses.replace(ahead, vllm=VllmConfig(addresses=("http://a:1", "https://b:2/")))
+    assert serving.problems(apart, None) == []
+    ways = [serving.transport(config(folder, d, addresses=a)) for d in ("cpu", "cuda") for a in ((), ("http://a:1",))]
+    assert ways == ["shm", "gloo", "ipc", "nccl"]
+
+
+def test_an_interpreter_without_vllm_is_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has no vLLM; give the interpreter of an environment with it"):
+        serving.refuse_interpreter(config(folder, python=sys.executable))
+    with pytest.raises(ConfigError, match="cannot be run"):
+        serving.refuse_interpreter(config(folder, python=str(tmp_path / "none")))
+    old = tmp_path / "python"
+    for version, refused in (("0.31.2", True), ("0.32.0", False), ("1.0", False)):
+        old.write_text(f"#!/bin/sh\necho {version}\n")
+        old.chmod(0o755)
+        if refused:
+            with pytest.raises(ConfigError, match=r"has vLLM 0.31.2; needed is 0.32 or newer"):
+                serving.refuse_interpreter(config(folder, python=str(old)))
+        else:
+            serving.refuse_interpreter(config(folder, python=str(old)))
+    serving.refuse_interpreter(config(folder, python="none", addresses=("http://a:1",)))
+
+
+def test_a_server_is_started_for_the_run_and_the_key_is_no_argument(folder: Path) -> None:
+    plan = server_plan(config(folder, arguments=("--swap-space", "1")), max_images=3)
+    words = command(plan, port=4321, seed=9)
+    options = dict(zip(words, [*words[1:], ""], strict=True))
+    assert options["--model"] == str(folder / "model")
+    assert (options["--port"], options["--seed"], options["--max-model-len"]) == ("4321", "9", "150")
+    assert (options["--max-num-seqs"], options["--dtype"], options["--host"]) == ("7", "float32", "127.0.0.1")
+    assert json.loads(options["--limit-mm-per-prompt"]) == {"image": 3, "video": 0}
+    assert json.loads(options["--mm-processor-kwargs"]) == {"min_pixels": 3136, "max_pixels": 50_000}
+    assert options["--logprobs-mode"] == "processed_logprobs"
+    assert words[-2:] == ["--swap-space", "1"]
+    inherited = {"RANK": "1", "MASTER_PORT": "1", "HOME": "/h", "PYTHONPATH": "/p"}
+    made = server_environment(plan, key="secret", gpus=(), inherited=inherited)
+    assert "secret" not in " ".join(words)
+    assert made["VLLM_API_KEY"] == "secret"
+    assert "RANK" not in made
+    assert "MASTER_PORT" not in made
+    first, *others = made["PYTHONPATH"].split(":")
+    assert (Path(first) / "megatron_cppo_in_vllm.py").is_file()
+    assert others == ["/p"]
+    on_gpus = dataclasses.replace(plan, device="cuda")
+    assert server_environment(on_gpus, key="k", gpus=(2, 3), inherited={})["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert "--enable-sleep-mode" in command(on_gpus, port=1, seed=0)
+
+
+def test_servers_share_no_gpu_and_cross_no_machine() -> None:
+    hosts, gpus = ["a"] * 4 + ["b"] * 3, [0, 1, 2, 3, 0, 1, 2]
+    assert slots(hosts, gpus, tensor_parallel=2) == [Slot(0, (0, 1)), Slot(2, (2, 3)), Slot(4, (0, 1))]
+    assert slots(hosts, gpus, tensor_parallel=4) == [Slot(0, (0, 1, 2, 3))]
+
+
+def test_another_model_and_other_settings_are_told_apart(folder: Path) -> None:
+    plan = server_plan(config(folder), max_images=1)
+    expected = {"hidden_size": 128, "dtype": "float32"}
+    right = {
+        **expected,
+        "logprobs_mode": "processed_logprobs",
+        "transfer": "megatron_cppo",
+        "max_model_len": 150,
+    }
+    assert describe_problems(right, plan, expected) == []
+    for name, value in {
+        "hidden_size": 64,
+        "dtype": "bfloat16",
+        "logprobs_mode": "raw_logprobs",
+        "transfer": "nccl",
+    }.items():
+        (found,) = describe_problems({**right, name: value}, plan, expected)
+        assert found == f"{name} is {value}, the run needs {right[name]}"
+    assert describe_problems({**right, "max_model_len": 149}, plan, expected) == [
+        "max_model_len is 149, the run needs at least 150"
+    ]
+    assert len(describe_problems({}, plan, expected)) == 5
+
+
+def test_weights_that_are_not_the_models_are_refused() -> None:
+    expected = {"a": (2,), "b": (3, 1)}
+    a, b = ("a", torch.ones(2)), ("b", torch.ones(3, 1))
+    assert [name for name, _ in checked([b, a], expected)] == ["b", "a"]
+    for tensors, says in (
+        ([a], r"1 weights are missing, the first: \['b'\]"),
+        ([a, b, ("c", torch.ones(1))], "'c' is unknown"),
+        ([a, a, b], "'a' was sent twice"),
+        ([("a", torch.ones(3)), b], r"'a' has shape \(3,\)"),
+    ):
+        with pytest.raises(EngineError, match=says):
+            list(checked(tensors, expected))
+
+
+def test_the_picture_that_is_sent_is_the_one_that_is_cut_up(folder: Path) -> None:
+    """An image processor that is given it has nothing left to do: the same patches, to the bit."""
+    chosen = config(folder)
+    for pixels in ((3136, 50_000), (100_000, 200_000)):  # as it is, and enlarged
+        model = dataclasses.replace(chosen.model, min_pixels=pixels[0], max_pixels=pixels[1])
+        source = PromptSource(
+            chosen.data.train,
+            split="train",
+            model_path=model.path,
+            data=dataclasses.replace(chosen.data, max_prompt_tokens=1000),
+            model=model,
+            perception=PerceptionConfig(),
+            seed=0,
+        )
+        assert source.max_images == 1
+        for prompt in source.take(0, 4):
+            (key,) = prompt.images("original")
+            (grid,) = prompt.grids
+            sent = source._reader.decode(source.png(key), grid)
+            assert sent.size == (14 * grid.width, 14 * grid.height)
+            assert torch.equal(source._reader.patches(sent, grid), source.pixels(key))
