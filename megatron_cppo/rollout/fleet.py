@@ -336,9 +336,9 @@ class Fleet:
                 piece.ticket.answers[place] = (parts, answer.reason == "length")
                 continue
             num_tokens = sum(len(part.token_ids) for part in parts)
-            rest = dataclasses.replace(
-                question, index=answer.index, count=1, parts=parts, seed=question.seed + answer.index + num_tokens
-            )
+            # Other random numbers than the first part's, and than any other sample's.
+            seed = question.seed + 1_000_000 * (num_tokens + 1) + answer.index
+            rest = dataclasses.replace(question, index=answer.index, count=1, parts=parts, seed=seed)
             self._pending.appendleft(_Piece(piece.ticket, rest))
 
     def _again(self, piece: _Piece, why: str = "") -> None:

@@ -199,7 +199,8 @@ def free_port(host: str, wanted: int = 0) -> int:
             return server.getsockname()[1]
     except OSError as error:
         raise EngineError(
-            f"{host}:{wanted} cannot be listened on ({error.strerror}); end what listens there, or give another port"
+            f"{host}:{wanted} cannot be listened on ({os.strerror(error.errno or 0)}); end what listens there, or give "
+            "another port"
         ) from error
 
 

@@ -144,8 +144,8 @@ class WeightPush:
         """
         self.num_bytes = self.num_buckets = 0
         complete = False
+        self._agree(self._begin())
         try:
-            self._begin()
             self._send(weights)
             complete = True
         finally:
@@ -153,12 +153,25 @@ class WeightPush:
                 self._abandon()
         self._finish(version)
 
-    def _begin(self) -> None:
+    def _begin(self) -> EngineError | None:
+        """Have the servers ready to load. What keeps the driver from it is returned: the others would wait for it."""
         if self.fleet is not None:
             self.fleet.hold()
             self._targets = self.fleet.usable()
-        self._meet()
+        try:
+            self._meet()
+        except EngineError as error:
+            return error
         self._all("/start_weight_update")
+        return None
+
+    def _agree(self, error: EngineError | None) -> None:
+        """Raise the driver's error on all ranks."""
+        shared = [error]
+        if self.group is not None:
+            dist.broadcast_object_list(shared, group=self.group, group_src=0)
+        if shared[0] is not None:
+            raise shared[0]
 
     def _meet(self) -> None:
         """Have buffers that the servers know: made once, and told again when a server is another."""
@@ -172,8 +185,11 @@ class WeightPush:
         met = tuple((server.index, server.starts) for server in self._targets)
         if self.transport == "shm" or (met != self._met and self.transport == "ipc"):
             self._all("/init_weight_transfer_engine", {"init_info": {"transport": self.transport, "buffers": told}})
-        elif met != self._met and self.fleet is not None:
-            self._broadcast = self._broadcast_group()
+        elif met != self._met and self.fleet is not None and self._targets:
+            try:
+                self._broadcast = self._broadcast_group()
+            except (EngineError, RuntimeError) as error:
+                self._break(str(error))
         self._met = met
         if self._buffers is not None:
             self._buffers.release()
@@ -234,11 +250,14 @@ class WeightPush:
             return
         body = {"update_info": {"buffer": which, "num_bytes": num_bytes, "tensors": tensors}}
         self._sent[which].extend(self.fleet.post(server, "/update_weights", body) for server in self._targets)
-        if self._broadcast is not None:
+        if self._broadcast is not None and self._targets:
             assert self._buffers is not None, "the driver has buffers"
             options = dist.BroadcastOptions()
             options.rootRank = options.rootTensor = 0
-            self._broadcast.broadcast([self._buffers.raw[which][:num_bytes]], options).wait()
+            try:
+                self._broadcast.broadcast([self._buffers.raw[which][:num_bytes]], options).wait()
+            except RuntimeError as error:
+                self._break(str(error))
 
     def _await(self, which: int) -> None:
         """Until the servers have loaded a buffer, which may then be filled again."""
@@ -280,13 +299,21 @@ class WeightPush:
         self.fleet.version = -1
         for sent in self._sent:
             sent.clear()
-        if self._broadcast is not None:  # its workers may wait for bytes that do not come
-            for server in self._targets:
-                self.fleet.fail(server, "a load of weights was not completed")
-            self._broadcast, self._met = None, ()
+        if self._broadcast is not None:
+            self._break("the weights were not all there")
         self._all("/finish_weight_update", {"weight_version": self.fleet.label(-1)})
         for server in self._targets:
             self.fleet.lacks(server)
+
+    def _break(self, why: str) -> None:
+        """Give a broadcast up. It needs all of its servers: whose workers wait for bytes now, must be started again.
+
+        The driver goes on with the weights, which the ranks gather together, and sends them to nobody.
+        """
+        assert self.fleet is not None, "the driver alone broadcasts"
+        for server in self._targets:
+            self.fleet.fail(server, f"the broadcast of weights broke off ({why})")
+        self._targets, self._broadcast, self._met = [], None, ()
 
     def _all(self, path: str, body: Any = None) -> None:
         """Call a route of all servers that are still in."""
@@ -298,15 +325,12 @@ class WeightPush:
         self._targets = [server for server in self._targets if server.state != "failed"]
 
     def _survives(self, call: Future[Any]) -> Any:
-        """What a call brings; None where its server failed, which is then out by itself.
-
-        A broadcast needs all: there the failure of one is raised.
-        """
+        """What a call brings; None where its server failed, which is then out by itself."""
         try:
             return call.result()
-        except EngineError:
+        except EngineError as error:
             if self._broadcast is not None:
-                raise
+                self._break(str(error))
             return None
 
 

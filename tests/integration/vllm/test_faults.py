@@ -171,6 +171,7 @@ def test_a_server_of_another_model_is_refused(tmp_path: Path) -> None:
     shutil.copytree(world.folder / "model", other)
     described = json.loads((other / "config.json").read_text())
     described["text_config"]["num_hidden_layers"] = 2
+    described["text_config"]["layer_types"] = described["text_config"]["layer_types"][:2]
     (other / "config.json").write_text(json.dumps(described))
     weights = load_file(other / "model.safetensors")
     save_file(
