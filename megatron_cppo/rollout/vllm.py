@@ -203,6 +203,7 @@ class VllmEngine:
             pass
         self._version = None
         self._examine()
+        self._share(self._next(None))
         self._push(weights, version=version)
         self._version = version
 
