@@ -77,7 +77,7 @@ def test_the_first_difference_is_the_earliest_not_the_largest(
         f"  B {value + 1e-15!r}",
     ]
     assert said[5].startswith("  absolute 1e-15, relative ")
-    assert said[5].endswith("1 of the 24 metrics of this line differ")
+    assert said[5].endswith("1 of the 30 metrics of this line differ")
     table = {line.split()[0]: line.split()[1:] for line in said[8:11]}
     assert list(table) == ["policy/loss", "policy/entropy", "evaluation/accuracy"]
     assert (table["policy/loss"][:2], table["policy/loss"][-1]) == (["7", "2"], "9")
