@@ -21,6 +21,7 @@ from megatron_cppo.rollout.engine import Engine
 from megatron_cppo.rollout.server import ServerPlan
 from megatron_cppo.rollout.transformers import TransformersEngine
 from megatron_cppo.rollout.vllm import Callbacks, Slot, VllmEngine, slots
+from megatron_cppo.rollout.weight_push import PROTOCOL
 from megatron_cppo.rollout.wire import Rules
 from megatron_cppo.types import ImageKey
 
@@ -92,7 +93,7 @@ def vllm_engine(
         places=_places(config, servers, needs.local_rank, group),
         expected=inventory.tensors(plan.shape, config.model.path),
         model={
-            "protocol": 1,
+            "protocol": PROTOCOL,
             "hidden_size": plan.shape.hidden_size,
             "num_hidden_layers": plan.shape.num_layers,
             "vocab_size": plan.shape.vocab_size,

@@ -107,7 +107,6 @@ class VllmEngine:
         self._rank = 0 if group is None else dist.get_rank(group)
         self._environment = environment
         self._key, label = self._share((key or secrets.token_urlsafe(32), secrets.token_hex(4)))
-        self._address = address
         self._fleet: Fleet | None = None
         if self._rank == 0:
             self._fleet = Fleet(

@@ -25,6 +25,8 @@ from torch import Tensor
 from megatron_cppo.rollout.engine import EngineError
 from megatron_cppo.rollout.fleet import Fleet, Server
 
+PROTOCOL = 1
+"""What a server must say that it speaks; `inside_vllm` says the same."""
 ALIGNMENT = 64
 MEMORY = Path("/dev/shm")
 TIMEOUT = timedelta(minutes=2)
