@@ -39,7 +39,7 @@ class NonFiniteError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Everything that a loop drives; made by `train.py`, the same on every rank.
+    """Everything that a loop drives; made by `assembly.py`, the same on every rank.
 
     With `rollouts` (saved ones) nothing is sampled for training; the engine then serves an evaluation, or is absent.
     """

@@ -11,6 +11,8 @@ from urllib.parse import urlsplit
 from megatron_cppo.architecture import ModelShape
 from megatron_cppo.config import Config, ConfigError
 
+SERVER_KEY = "MEGATRON_CPPO_VLLM_KEY"
+"""Environment: the key of separate servers; that of servers that the run starts is drawn."""
 OLDEST = (0, 32)
 """The vLLM whose routes and weight transfer this was written for."""
 _ASK_VERSION = (

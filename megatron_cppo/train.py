@@ -28,22 +28,14 @@ from megatron_cppo import launch, pretrained, ranks, watchdog
 from megatron_cppo.config import Config, ConfigError, UserError
 from megatron_cppo.plan import Plan, describe, resolve
 from megatron_cppo.recipe import UserCode, find, from_python
+from megatron_cppo.serving import SERVER_KEY, refuse_interpreter
 
 if TYPE_CHECKING:
-    import torch.distributed as dist
-
-    from megatron_cppo.data.prompts import Phase, PromptSource
-    from megatron_cppo.evaluate import Evaluation
-    from megatron_cppo.loop import Run
-    from megatron_cppo.rewards.scoring import Reward
-    from megatron_cppo.rollout.engine import Engine
     from megatron_cppo.watchdog import Watch
 
 USER_ERROR = 2
 PROGRAM = "python -m megatron_cppo.train RECIPE"
 TIMEOUT = timedelta(minutes=30)
-VLLM_KEY = "MEGATRON_CPPO_VLLM_KEY"
-"""Environment: the key of separate servers; that of servers that are started here is drawn."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -112,7 +104,6 @@ def check_all(config: Config) -> Plan:
     from megatron_cppo.rewards import parse_terms
     from megatron_cppo.rewards import resolve as resolve_reward
     from megatron_cppo.saved import refuse_incomplete
-    from megatron_cppo.serving import refuse_interpreter
 
     problems: list[str] = []
     plan = None
@@ -133,8 +124,8 @@ def check_all(config: Config) -> Plan:
         refuse_interpreter(config)
     except ConfigError as error:
         others.append(str(error))
-    if config.vllm.addresses and config.rollout.engine == "vllm" and not os.environ.get(VLLM_KEY):
-        others.append(f"vllm.addresses: separate servers ask for a key; set {VLLM_KEY} to theirs")
+    if config.vllm.addresses and config.rollout.engine == "vllm" and not os.environ.get(SERVER_KEY):
+        others.append(f"vllm.addresses: separate servers ask for a key; set {SERVER_KEY} to theirs")
     if config.debug.train_on and Path(config.debug.train_on).is_dir():
         try:
             refuse_incomplete(config)
@@ -221,6 +212,7 @@ def run_rank(config: Config, plan: Plan, watch: Watch) -> int:
     import torch
     import torch.distributed as dist
 
+    from megatron_cppo.assembly import build_run
     from megatron_cppo.loop_async import loop_of
     from megatron_cppo.policy import platform
 
@@ -241,7 +233,7 @@ def run_rank(config: Config, plan: Plan, watch: Watch) -> int:
     if config.debug.replay:
         _replay(config, plan, watch)
     else:
-        with build_run(config, plan, watch) as run:
+        with build_run(config, plan, os.environ, watch=watch) as run:
             loop_of(config)(run)
     dist.destroy_process_group()
     return 0
@@ -251,6 +243,7 @@ def _replay(config: Config, plan: Plan, watch: Watch) -> None:
     """Compute a skipped update again (debug.replay). The run folder's lock and logs are another's."""
     import torch.distributed as dist
 
+    from megatron_cppo.assembly import prompt_sources
     from megatron_cppo.data.lookup import RowFinder
     from megatron_cppo.data.tokenizer import vocabulary
     from megatron_cppo.policy.policy import Policy
@@ -262,139 +255,10 @@ def _replay(config: Config, plan: Plan, watch: Watch) -> None:
         yield lambda _: watch.advance()
 
     trained_on = dataclasses.replace(config, data=dataclasses.replace(config.data, evaluation=()))
-    rows = _prompt_sources(trained_on, phase, dist.group.WORLD)["train"]
+    rows = prompt_sources(trained_on, phase, dist.group.WORLD)["train"]
     policy = Policy(config, plan, pixels=rows.pixels, banned_ids=vocabulary(config.model.path).banned_ids)
     with phase("replay", 0) as advance:
         replay(config, plan, policy, find=RowFinder(rows), advance=advance)
-
-
-@contextlib.contextmanager
-def build_run(config: Config, plan: Plan, watch: Watch | None = None) -> Iterator[Run]:
-    """Make everything that a loop drives, on this rank. The process group must be up."""
-    import torch.distributed as dist
-
-    from megatron_cppo.data.lookup import RowFinder
-    from megatron_cppo.data.tokenizer import vocabulary
-    from megatron_cppo.loop import Run
-    from megatron_cppo.policy.policy import Policy
-    from megatron_cppo.rewards.grader import Grader
-    from megatron_cppo.rewards.scoring import Reward
-    from megatron_cppo.rollout.absent import NoEngine
-    from megatron_cppo.rollout.build import Needs, build
-    from megatron_cppo.runlog import RunLog
-    from megatron_cppo.saved import SavedRollouts, Writer
-
-    algorithm, trainer = config.algorithm, config.trainer
-    words = vocabulary(config.model.path)
-    log = RunLog(
-        Path(trainer.run_dir),
-        rank=dist.get_rank(),
-        config=config,
-        plan_dict=dataclasses.asdict(plan),
-        total_steps=trainer.num_steps,
-        decode_token=words.decode_token,
-        describe_view=(lambda key: sources[key.split].view_name(key)) if algorithm.objective == "cppo" else None,
-        wandb_project=trainer.wandb_project,
-        watch=watch,
-    )
-    sources = _prompt_sources(config, log.phase, dist.group.WORLD)
-    policy = Policy(config, plan, pixels=lambda key: sources[key.split].pixels(key), banned_ids=words.banned_ids)
-    rollouts, engine, vocab_size = None, NoEngine(), plan.shape.vocab_size
-    if config.debug.train_on:
-        rollouts = SavedRollouts(config, find=RowFinder(sources["train"]), vocab_size=vocab_size)
-    if rollouts is None or "evaluation" in sources:
-        needs = Needs(
-            pixels=lambda key: sources[key.split].pixels(key),
-            picture=lambda key: sources[key.split].png(key),
-            decode=words.decode,
-            weights=policy.weights,
-            beat=log.watch.advance,
-            banned_ids=words.banned_ids,
-            end_ids=words.eos_ids,
-            max_images=max(1, *(source.max_images for source in sources.values())),
-            address=os.environ.get("MASTER_ADDR", "127.0.0.1"),
-            key=os.environ.get(VLLM_KEY, ""),
-            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-            environment=dict(os.environ),
-        )
-        engine = build(config, plan, needs, group=policy.groups.world)
-    grader = Grader(
-        algorithm.rewards, workers=trainer.grader_processes, deadline_seconds=trainer.grader_timeout_seconds
-    )
-    with grader, contextlib.closing(engine):
-        reward = Reward(
-            grader,
-            normalize_std=algorithm.normalize_std,
-            tolerance=algorithm.reward_tolerance,
-            group=policy.groups.world,
-        )
-        yield Run(
-            config=config,
-            plan=plan,
-            policy=policy,
-            engine=engine,
-            prompts=sources["train"],
-            reward=reward,
-            evaluation=_evaluation(config, sources, engine, reward, log.watch),
-            log=log,
-            writer=Writer(Path(trainer.run_dir), rank=dist.get_rank(), vocab_size=vocab_size),
-            rollouts=rollouts,
-        )
-
-
-def _prompt_sources(config: Config, phase: Phase, group: dist.ProcessGroup | None) -> dict[str, PromptSource]:
-    """Training rows and evaluation rows; of the latter those with a damaged image are left out now, on all ranks."""
-    from megatron_cppo.data.damage import leave_out_damaged
-    from megatron_cppo.data.prompts import PromptSource
-
-    files = {"train": config.data.train, "evaluation": config.data.evaluation}
-    sources = {
-        split: PromptSource(
-            chosen,
-            split=split,
-            model_path=config.model.path,
-            data=config.data,
-            model=config.model,
-            perception=config.perception,
-            seed=config.trainer.seed,
-            max_rows=config.trainer.evaluation_rows if split == "evaluation" else 0,
-            supervised=split == "train" and config.algorithm.objective == "supervised",
-            max_response_tokens=config.rollout.max_response_tokens,
-            phase=phase,
-        )
-        for split, chosen in files.items()
-        if chosen
-    }
-    log = logging.getLogger("megatron_cppo")
-    if "evaluation" in sources:
-        with phase("decode evaluation", len(sources["evaluation"]) // config.trainer.num_gpus) as advance:
-            leave_out_damaged(sources["evaluation"], group=group, advance=advance)
-    for split, source in sources.items():
-        log.info("%s: %d rows, dropped %s", split, len(source), source.dropped or "none")
-    for file in {*map(os.path.realpath, config.data.train)} & {*map(os.path.realpath, config.data.evaluation)}:
-        log.warning("data.evaluation: %s is trained on, too: the evaluation does not say what was learned", file)
-    return sources
-
-
-def _evaluation(
-    config: Config, sources: dict[str, PromptSource], engine: Engine, reward: Reward, watch: Watch
-) -> Evaluation | None:
-    from megatron_cppo.evaluate import Evaluation
-
-    if "evaluation" not in sources:
-        return None
-    source, trainer = sources["evaluation"], config.trainer
-    return Evaluation(
-        prompts=tuple(source.take(0, len(source))),
-        generate=lambda prompts: engine.generate(
-            prompts,
-            samples_per_prompt=trainer.evaluation_samples,
-            temperature=trainer.evaluation_temperature,
-            advance=lambda _: watch.advance(),
-        ),
-        grade=reward,
-        portion=max(1, config.rollout.max_sequences * config.trainer.num_gpus // trainer.evaluation_samples),
-    )
 
 
 def _logs(config: Config) -> Path:

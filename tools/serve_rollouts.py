@@ -19,7 +19,8 @@ from pathlib import Path
 from megatron_cppo.config import UserError
 from megatron_cppo.rollout.build import server_plan
 from megatron_cppo.rollout.server import ServerProcess
-from megatron_cppo.train import VLLM_KEY, read_config
+from megatron_cppo.serving import SERVER_KEY
+from megatron_cppo.train import read_config
 
 LOG = logging.getLogger("megatron_cppo")
 LOOK_SECONDS = 2.0
@@ -34,9 +35,9 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=1, help="the most images that a prompt has (default 1)")
     chosen, flags = parser.parse_known_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    key = os.environ.get(VLLM_KEY)
+    key = os.environ.get(SERVER_KEY)
     if not key:
-        sys.stderr.write(f"{VLLM_KEY} is not set; give the servers and the run the same key\n")
+        sys.stderr.write(f"{SERVER_KEY} is not set; give the servers and the run the same key\n")
         return 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     servers: list[ServerProcess] = []

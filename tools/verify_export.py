@@ -31,15 +31,16 @@ def answer_as_trained(config: Config, num_prompts: int, output: Path) -> None:
     """On every rank of the run's layout: the trained policy's greedy answers; rank 0 writes them."""
     import torch.distributed as dist
 
+    from megatron_cppo.assembly import build_run
     from megatron_cppo.data.packing import build_batch
     from megatron_cppo.policy import platform
-    from megatron_cppo.train import build_run, join_ranks
+    from megatron_cppo.train import join_ranks
 
     quiet_libraries(logging.NullHandler())
     platform.activate(config.policy.device)
     join_ranks(config.policy.device)
     plan = resolve(config)
-    with build_run(config, plan) as run:
+    with build_run(config, plan, os.environ) as run:
         progress = run.policy.restore(Path(config.trainer.run_dir) / "checkpoints")
         assert progress is not None, f"{config.trainer.run_dir} holds no checkpoint; let the run finish first"
         assert run.evaluation is not None, f"{config.trainer.run_dir} has no evaluation rows"

@@ -62,12 +62,12 @@ def changed(config: Config, run_dir: Path, *, ahead: int = 0, checks: int = 0) -
 
 def one_run(config: Config, loop: Callable[[Any], None], engine: type[Noted] = Noted) -> tuple[list[str], str]:
     """What was asked of the engine of a run, and what ended it."""
+    from megatron_cppo.assembly import build_run
     from megatron_cppo.policy import groups as process_groups
     from megatron_cppo.selfcheck import SelfCheckError
-    from megatron_cppo.train import build_run
 
     error = ""
-    with build_run(config, resolve(config)) as run:
+    with build_run(config, resolve(config), {}) as run:
         noted = engine(run.engine)
         try:
             loop(dataclasses.replace(run, engine=noted))

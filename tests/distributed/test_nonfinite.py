@@ -65,13 +65,13 @@ def state_of(policy: Any) -> list[torch.Tensor]:
 
 def one_run(config: Config, poisons: Callable[[int], bool], *, leave_out: bool = False) -> Outcome:
     """A run in which rank 1 spoils one gradient of the updates that `poisons` names; or those updates are left out."""
+    from megatron_cppo.assembly import build_run
     from megatron_cppo.loop import reinforce
     from megatron_cppo.policy import groups as process_groups
     from megatron_cppo.policy import step as module
-    from megatron_cppo.train import build_run
 
     whole, number, unchanged, error = module.update, 0, [], ""
-    with build_run(config, resolve(config)) as run:
+    with build_run(config, resolve(config), {}) as run:
         parameter = next(p for n, p in run.policy.trained.chunks[0].named_parameters() if "layers.0.mlp" in n)
 
         def spoil(gradient: torch.Tensor) -> torch.Tensor:

@@ -28,8 +28,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from megatron_cppo import assembly, train
 from megatron_cppo import config as configuration
-from megatron_cppo import train
 from megatron_cppo.config import (
     Config,
     ConfigError,
@@ -788,7 +788,7 @@ def test_what_is_evaluated_should_not_be_trained_on(world: World, caplog: pytest
     config = train.read_config(
         str(world.recipe), ["--data.evaluation", str(world.rows), "--data.max_prompt_tokens=200"]
     )
-    sources = train._prompt_sources(config, lambda name, total: contextlib.nullcontext(lambda count: None), None)
+    sources = assembly.prompt_sources(config, lambda name, total: contextlib.nullcontext(lambda count: None), None)
     assert {split: len(source) for split, source in sources.items()} == {"train": 2, "evaluation": 1}
     said = [record.getMessage() for record in caplog.records]
     show("evaluation on training rows", said[-1], world.folder)

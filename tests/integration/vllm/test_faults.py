@@ -28,7 +28,7 @@ from megatron_cppo import config as configuration
 from megatron_cppo.rollout.engine import EngineError
 from megatron_cppo.rollout.server import ServerProcess
 from megatron_cppo.rollout.vllm import VllmEngine
-from megatron_cppo.train import VLLM_KEY
+from megatron_cppo.serving import SERVER_KEY
 from tests.integration.vllm import rig
 from tests.integration.vllm.proxy import Proxy
 
@@ -195,7 +195,7 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         served = subprocess.run(
             [sys.executable, "tools/serve_rollouts.py", str(recipe), "--port", str(port)],
-            env=os.environ | {VLLM_KEY: KEY, "PYTHONPATH": str(ROOT)},
+            env=os.environ | {SERVER_KEY: KEY, "PYTHONPATH": str(ROOT)},
             cwd=ROOT,
             capture_output=True,
             text=True,
