@@ -83,6 +83,7 @@ class Plan:
     correction: Correction
     num_parameters: int
     memory: Memory
+    serving: serving.Placement | None
 
 
 def resolve(config: Config) -> Plan:
@@ -125,6 +126,7 @@ def _derive(config: Config, shape: ModelShape) -> Plan:
         correction=_correction(config),
         num_parameters=shape.num_parameters,
         memory=_memory(config, shape, data_parallel, reference),
+        serving=serving.placement(config, shape, value_bytes=BYTES[policy.precision]),
     )
 
 
@@ -313,6 +315,11 @@ def describe(plan: Plan) -> str:
     facts |= dataclasses.asdict(plan.packing)
     facts |= {name: f"{value:.3f}" for name, value in dataclasses.asdict(plan.memory).items()}
     facts["reference"] = _reference_text(plan)
+    facts["serving"] = "in the trainer's processes"
+    if plan.serving is not None:
+        servers = dataclasses.asdict(plan.serving).items()
+        facts |= {f"serving_{name}": f"{n:.3f}" if isinstance(n, float) else n for name, n in servers}
+        del facts["serving"]
     width = max(len(name) for name in facts)
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in facts.items())
 

@@ -17,7 +17,7 @@ from megatron_cppo.config import Config
 from megatron_cppo.families import inventory
 from megatron_cppo.plan import Plan
 from megatron_cppo.rollout.ends import end_ids as checkpoint_ends
-from megatron_cppo.rollout.engine import Engine
+from megatron_cppo.rollout.engine import Engine, EngineError
 from megatron_cppo.rollout.server import ServerPlan
 from megatron_cppo.rollout.transformers import TransformersEngine
 from megatron_cppo.rollout.vllm import Callbacks, Slot, VllmEngine, slots
@@ -25,6 +25,7 @@ from megatron_cppo.rollout.weight_push import PROTOCOL
 from megatron_cppo.rollout.wire import Rules
 from megatron_cppo.types import ImageKey
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -73,6 +74,10 @@ def _embedded(config: Config, plan: Plan, needs: Needs, group: dist.ProcessGroup
 
 
 def _vllm(config: Config, plan: Plan, needs: Needs, group: dist.ProcessGroup | None) -> Engine:
+    if config.policy.device == "cuda" and plan.serving is not None and not serving.separate(config):
+        gpu_gib = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
+        if problem := serving.memory_problem(config, plan.serving, gpu_gib=gpu_gib):
+            raise EngineError(problem)
     return vllm_engine(config, plan, needs, group, servers=server_plan(config, max_images=needs.max_images))
 
 
@@ -142,4 +147,9 @@ def _places(config: Config, servers: ServerPlan, local_rank: int, group: dist.Pr
         every = [mine] * dist.get_world_size(group)
         dist.all_gather_object(every, mine, group=group)
     hosts, gpus = zip(*every, strict=True)
+    if len(set(hosts)) > 1 and config.vllm.host in LOOPBACK:
+        raise EngineError(
+            f"vllm.host: {config.vllm.host} is reached from its own machine alone, and the run is on "
+            f"{len(set(hosts))}; use 0.0.0.0 (every route asks for a key)"
+        )
     return slots(hosts, gpus, tensor_parallel=config.vllm.tensor_parallel)

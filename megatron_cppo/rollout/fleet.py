@@ -1,8 +1,8 @@
-"""The servers of a run and the requests that they work on: one thread with an event loop, on the rank that drives.
+"""The servers of a run and the requests that they work on, driven by one rank.
 
-Owns connections, the dealing out of questions, and faults: a question whose server fails goes to another one,
+Owns the dealing out of questions, and faults: a question whose server fails goes to another one,
 unanswered and therefore never twice. Knows neither ranks nor processes: that a server must be started again, or be sent
-weights, it says (`Todo`) and waits. What is asked and answered is `wire`'s.
+weights, it says (`Todo`) and waits. What is asked and answered is `wire`'s, the calls are `connection`'s.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from collections import deque
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import aiohttp
 
 from megatron_cppo.rollout import wire
+from megatron_cppo.rollout.connection import FAILURES, Connection
 from megatron_cppo.rollout.engine import EngineError
 from megatron_cppo.rollout.wire import Part, Question, Rules, WireError
 
@@ -32,10 +33,7 @@ MAX_GARBAGE = 3
 ASK_AHEAD = 1.25
 """Samples given to a server at once, of those that it decodes at once: the next ones wait there and not here."""
 LOOK_SECONDS = 2.0
-CALL_SECONDS = 600.0
-"""For a call that pauses, moves or loads; not for one that generates."""
 ABORT_SECONDS = 60.0
-Result = TypeVar("Result")
 
 
 @dataclass(eq=False, slots=True)
@@ -108,26 +106,23 @@ class Fleet:
         """
         self.servers: list[Server] = []
         self.version = -1
-        self._rules, self._label, self._key = rules, label, key
+        self._rules, self._label = rules, label
         self._most = max(1, int(max_sequences * ASK_AHEAD))
-        self._hang_seconds, self._start_seconds, self._max_restarts = hang_seconds, start_seconds, max_restarts
+        self._hang_seconds, self.start_seconds, self._max_restarts = hang_seconds, start_seconds, max_restarts
         self._pending: deque[_Piece] = deque()
         self._running: dict[asyncio.Task[None], tuple[Server, _Piece]] = {}
         self._held = True
         self._failure = ""
         self._changed = threading.Condition()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True)
-        self._thread.start()
-        self._session = self._call(self._open())
-        self._looking = asyncio.run_coroutine_threadsafe(self._look_after(), self._loop)
+        self.connection = Connection(key)
+        self._looking = self.connection.begin(self._look_after())
 
     # ------------------------------------------------------------------ for the driving rank
 
     def submit(self, questions: Sequence[Question]) -> _Ticket:
         """Have questions answered; returns at once."""
         ticket = _Ticket(list(questions), num_wanted=sum(question.count for question in questions))
-        self._call(self._add([_Piece(ticket, question) for question in questions]))
+        self.connection.wait(self._add([_Piece(ticket, question) for question in questions]))
         return ticket
 
     def todo(self, ticket: _Ticket | None, *, seconds: float) -> Todo:
@@ -148,27 +143,27 @@ class Fleet:
 
     def started(self, index: int, url: str, *, ours: bool) -> None:
         """A server is being started at `url`, or is said to be there."""
-        self._call(self._start(index, url, ours))
+        self.connection.wait(self._start(index, url, ours))
 
     def hold(self) -> None:
         """Abort what runs, clear all caches, and ask nothing until `let_go`. Partial answers are kept."""
-        self._call(self._hold())
+        self.connection.wait(self._hold())
 
     def let_go(self) -> None:
         """Ask again."""
-        self._call(self._let_go())
+        self.connection.wait(self._let_go())
 
     def post(self, server: Server, path: str, body: Any = None, **query: str) -> Future[Any]:
         """Call a route of one server; a failure fails the server, and is raised as EngineError by the future."""
-        return asyncio.run_coroutine_threadsafe(self._post(server, path, body, query), self._loop)
+        return self.connection.begin(self._call(server, path, method="POST", body=body, query=query))
 
     def get(self, server: Server, path: str) -> Future[Any]:
         """Read a route of one server, like `post`."""
-        return asyncio.run_coroutine_threadsafe(self._post(server, path, None, {}, method="GET"), self._loop)
+        return self.connection.begin(self._call(server, path, method="GET"))
 
     def fail(self, server: Server, why: str) -> None:
         """Take a server out: it is to be started again."""
-        self._call(self._fail_soon(server, why))
+        self.connection.wait(self._fail_soon(server, why))
 
     def drop(self, server: Server) -> None:
         """Do without a server from now on."""
@@ -194,12 +189,8 @@ class Fleet:
     def close(self) -> None:
         """Let go of all connections; nothing may be asked any more."""
         self._looking.cancel()
-        self._call(self._close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-
-    def _call(self, work: Coroutine[Any, Any, Result]) -> Result:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        self.connection.wait(self._close())
+        self.connection.close()
 
     def _next(self, ticket: _Ticket | None) -> Todo:
         if self._failure:
@@ -223,19 +214,10 @@ class Fleet:
 
     # ------------------------------------------------------------------ in the loop
 
-    async def _open(self) -> aiohttp.ClientSession:
-        return aiohttp.ClientSession(
-            # A connection that is kept may be closed by the server just when it is used again.
-            connector=aiohttp.TCPConnector(limit=0, force_close=True),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
-            headers={"Authorization": f"Bearer {self._key}"},
-        )
-
     async def _close(self) -> None:
         for task in list(self._running):
             task.remove_done_callback(self._asked)
             task.cancel()
-        await self._session.close()
 
     async def _add(self, pieces: Sequence[_Piece]) -> None:
         self._pending.extend(pieces)
@@ -253,7 +235,10 @@ class Fleet:
     async def _hold(self) -> None:
         self._held = True
         await asyncio.gather(
-            *(self._quietly(self._post(server, "/pause", None, {"mode": "abort"})) for server in self.usable())
+            *(
+                self._quietly(self._call(server, "/pause", method="POST", query={"mode": "abort"}))
+                for server in self.usable()
+            )
         )
         if self._running:
             await asyncio.wait(list(self._running), timeout=ABORT_SECONDS)
@@ -283,7 +268,7 @@ class Fleet:
                 server.seen = time.monotonic()
             server.asked += question.count
             piece = self._pending.popleft()
-            task = self._loop.create_task(self._ask(server, server.starts, piece))
+            task = self.connection.loop.create_task(self._ask(server, server.starts, piece))
             self._running[task] = server, piece
             task.add_done_callback(self._asked)
 
@@ -300,7 +285,7 @@ class Fleet:
         body = wire.request(piece.question, self._rules)
         labels = {self.label(server.version): server.version}
         try:
-            async with self._session.post(f"{server.url}/inference/v1/generate", json=body) as response:
+            async with self.connection.session.post(f"{server.url}/inference/v1/generate", json=body) as response:
                 if response.status >= 500:
                     raise aiohttp.ClientError(f"it answered {response.status}: {(await response.text())[:300]}")
                 reply = await response.json(content_type=None)
@@ -309,7 +294,7 @@ class Fleet:
                 if response.status != 200:
                     raise WireError(f"it answered {response.status}: {str(reply)[:300]}")
             answers = wire.answers(reply, piece.question, self._rules, versions=labels)
-        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+        except FAILURES as error:
             if server.starts == start:
                 self._fail(server, str(error) or type(error).__name__)
             self._again(piece)
@@ -348,23 +333,12 @@ class Fleet:
             self._failure = f"{where} was asked {piece.tries} times and never answered; the last reply: {why or 'none'}"
         self._pending.appendleft(piece)
 
-    async def _post(self, server: Server, path: str, body: Any, query: dict[str, str], *, method: str = "POST") -> Any:
+    async def _call(self, server: Server, path: str, **how: Any) -> Any:
         try:
-            async with self._session.request(
-                method,
-                f"{server.url}{path}",
-                json=body,
-                params=query,
-                timeout=aiohttp.ClientTimeout(total=CALL_SECONDS, sock_connect=10),
-            ) as response:
-                text = await response.text()
-                if response.status != 200:
-                    raise EngineError(f"{path} answered {response.status}: {text[:500]}")
-                return await response.json(content_type=None) if text else None
-        except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as error:
-            why = str(error) if isinstance(error, EngineError) else f"{path}: {error or type(error).__name__}"
-            self._fail(server, why)
-            raise EngineError(f"{server.name}: {why}") from error
+            return await self.connection.call(f"{server.url}{path}", **how)
+        except EngineError as error:
+            self._fail(server, f"{path}: {error}")
+            raise EngineError(f"{server.name}: {path}: {error}") from error
 
     @staticmethod
     async def _quietly(work: Coroutine[Any, Any, Any]) -> None:
@@ -406,31 +380,22 @@ class Fleet:
     async def _look_at(self, server: Server) -> None:
         revives = server.state == "failed" and not server.ours
         if server.state == "starting" or revives:
-            if await self._reads(server, "/health") is not None:
+            if await self.connection.reads(f"{server.url}/health", seconds=LOOK_SECONDS) is not None:
                 server.state = "idle"
                 server.starts += revives
                 LOG.info("%s is up", server.name)
-            elif time.monotonic() - server.seen > self._start_seconds:
+            elif time.monotonic() - server.seen > self.start_seconds:
                 if revives:
                     self.drop(server)
                 else:
-                    self._fail(server, f"it was not up within {self._start_seconds:.0f} s")
+                    self._fail(server, f"it was not up within {self.start_seconds:.0f} s")
         elif server.state == "ready" and server.asked:
-            text = await self._reads(server, "/metrics")
+            text = await self.connection.reads(f"{server.url}/metrics", seconds=LOOK_SECONDS)
             progress = None if text is None else _tokens(text)
             if progress is not None and progress != server.progress:
                 server.progress, server.seen = progress, time.monotonic()
             elif time.monotonic() - server.seen > self._hang_seconds:
                 self._fail(server, f"no token came from it for {self._hang_seconds:.0f} s")
-
-    async def _reads(self, server: Server, path: str) -> str | None:
-        try:
-            async with self._session.get(
-                f"{server.url}{path}", timeout=aiohttp.ClientTimeout(total=LOOK_SECONDS, sock_connect=LOOK_SECONDS)
-            ) as response:
-                return await response.text() if response.status == 200 else None
-        except (TimeoutError, aiohttp.ClientError, OSError):
-            return None
 
 
 def _tokens(metrics: str) -> float:

@@ -20,6 +20,7 @@ from megatron_cppo.config import VllmConfig
 from megatron_cppo.ranks import die_with_parent
 from megatron_cppo.rollout.engine import EngineError
 from megatron_cppo.rollout.wire import MODEL
+from megatron_cppo.serving import BUCKET_BYTES, GPU_SHARE
 
 INSIDE = Path(__file__).parent / "inside_vllm"
 """On PYTHONPATH of the server: what vLLM loads of ours."""
@@ -49,7 +50,7 @@ class ServerPlan:
     max_pixels: int
     max_images: int
     transport: str
-    bucket_bytes: int = 2**29
+    bucket_bytes: int = BUCKET_BYTES
     hang_seconds: float = 120.0
     start_seconds: float = 1800.0
     max_restarts: int = 3
@@ -86,7 +87,7 @@ def command(plan: ServerPlan, *, port: int, seed: int) -> list[str]:
         options |= {"kv-cache-memory-bytes": 2**26, "block-size": 32, "max-num-batched-tokens": room}
         flags += ["--enforce-eager", "--no-enable-chunked-prefill"]
     else:
-        options["gpu-memory-utilization"] = 0.6
+        options["gpu-memory-utilization"] = GPU_SHARE
         flags.append("--enable-sleep-mode")
     for name, value in options.items():
         words += [f"--{name}", str(value)]

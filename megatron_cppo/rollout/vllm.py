@@ -107,9 +107,9 @@ class VllmEngine:
         self._rank = 0 if group is None else dist.get_rank(group)
         self._environment = environment
         self._key, label = self._share((key or secrets.token_urlsafe(32), secrets.token_hex(4)))
-        self._fleet: Fleet | None = None
+        self.fleet: Fleet | None = None
         if self._rank == 0:
-            self._fleet = Fleet(
+            self.fleet = Fleet(
                 rules,
                 key=self._key,
                 label=label,
@@ -119,7 +119,7 @@ class VllmEngine:
                 max_restarts=plan.max_restarts,
             )
         self._push = WeightPush(
-            fleet=self._fleet,
+            fleet=self.fleet,
             transport=plan.transport,
             bucket_bytes=plan.bucket_bytes,
             expected=expected,
@@ -159,11 +159,11 @@ class VllmEngine:
             )
         number = max(self._tickets, default=0) + 1
         asked = None
-        if self._fleet is not None:
+        if self.fleet is not None:
             images = self._encoders.map(self._pictures, prompts)
             # vLLM wants greedy samples one by one.
             count = samples_per_prompt if temperature else 1
-            asked = self._fleet.submit(
+            asked = self.fleet.submit(
                 [
                     wire.Question(
                         place=place,
@@ -211,9 +211,9 @@ class VllmEngine:
         self._awake = False
         if not self._plan.vllm.addresses:
             self._everywhere("/sleep", level="2")
-            if self._fleet is not None:
-                for server in self._fleet.usable():
-                    self._fleet.lacks(server)
+            if self.fleet is not None:
+                for server in self.fleet.usable():
+                    self.fleet.lacks(server)
 
     def wake(self) -> None:
         """Have the servers take their memory back."""
@@ -223,16 +223,16 @@ class VllmEngine:
 
     def close(self) -> None:
         """End the servers that were started here, and all connections."""
-        if self._fleet is not None:
-            self._fleet.close()
+        if self.fleet is not None:
+            self.fleet.close()
         self._encoders.shutdown(cancel_futures=True)
         for process in self._processes.values():
             process.end()
 
     def _everywhere(self, path: str, **query: str) -> None:
-        if self._fleet is None:
+        if self.fleet is None:
             return
-        for call in [self._fleet.post(server, path, **query) for server in self._fleet.usable()]:
+        for call in [self.fleet.post(server, path, **query) for server in self.fleet.usable()]:
             call.exception()  # whose server fails, is out
 
     def _todos(self, asked: Any) -> Iterator[Todo]:
@@ -253,23 +253,23 @@ class VllmEngine:
 
     def _examine(self) -> None:
         """Do without servers that have another model, or other settings, than the run needs."""
-        if self._fleet is None:
+        if self.fleet is None:
             return
-        for server in self._fleet.usable():
+        for server in self.fleet.usable():
             if server.state == "idle":
-                call = self._fleet.post(server, "/collective_rpc", {"method": "megatron_cppo_describe"})
+                call = self.fleet.post(server, "/collective_rpc", {"method": "megatron_cppo_describe"})
                 if call.exception() is not None:
                     continue
                 problems = describe_problems(call.result()["results"][0], self._plan, self._model)
                 if problems:
                     server.why = "; ".join(problems)
-                    self._fleet.drop(server)
+                    self.fleet.drop(server)
 
     def _next(self, asked: Any) -> Todo | EngineError | None:
-        if self._fleet is None:
+        if self.fleet is None:
             return None
         try:
-            return self._fleet.todo(asked, seconds=BEAT_SECONDS)
+            return self.fleet.todo(asked, seconds=BEAT_SECONDS)
         except EngineError as error:
             return error
 
@@ -293,9 +293,9 @@ class VllmEngine:
     def _bury(self) -> None:
         """Tell the fleet of servers whose process is over."""
         dead = self._gather({index: why for index, process in self._processes.items() if (why := process.ended())})
-        if self._fleet is not None:
+        if self.fleet is not None:
             for index, why in dead.items():
-                self._fleet.fail(self._fleet.servers[index], why)
+                self.fleet.fail(self.fleet.servers[index], why)
 
     def _start(self, indices: Iterable[int]) -> None:
         """Start servers, or start them again."""
@@ -311,9 +311,9 @@ class VllmEngine:
         urls, failures = self._gather(urls), self._gather(failures)
         if failures:
             raise EngineError("; ".join(failures.values()))
-        if self._fleet is not None:
+        if self.fleet is not None:
             for index in indices:
-                self._fleet.started(index, urls[index], ours=not self._places[index].url)
+                self.fleet.started(index, urls[index], ours=not self._places[index].url)
 
     def _start_here(self, index: int, place: Slot) -> str:
         if index in self._processes:

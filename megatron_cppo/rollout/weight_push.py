@@ -83,8 +83,8 @@ def _shared_memory(num_bytes: int, device: torch.device) -> Buffers:
             for made in paths:
                 os.unlink(made)
             raise EngineError(
-                f"{MEMORY} has no room for two buckets of {num_bytes >> 20} MiB ({error.strerror}); lower "
-                "vllm.bucket_mib, or give the machine (the container) more shared memory"
+                f"{MEMORY} has no room for two buckets of {num_bytes >> 20} MiB ({error.strerror}); give "
+                "the machine (the container) more shared memory"
             ) from error
         finally:
             os.close(descriptor)

@@ -31,6 +31,7 @@ from megatron_cppo.rollout.engine import EngineError
 from megatron_cppo.rollout.server import command, describe_problems, server_environment
 from megatron_cppo.rollout.vllm import Slot, slots
 from megatron_cppo.rollout.weight_push import checked
+from tests.published_models import CONFIGS
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +52,49 @@ def config(folder: Path, device: Any = "cpu", **vllm: Any) -> Config:
     )
 
 
+def test_what_servers_hold_of_a_large_model(tmp_path: Path) -> None:
+    """Qwen2.5-VL-72B in bf16 on 64 GPUs, by hand: 80 layers, 8 heads of keys of 128, vocabulary 152,064 x 8,192."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["Qwen2.5-VL-72B-Instruct"]))
+    shape = read_shape(str(tmp_path))
+    chosen = Config(
+        data=DataConfig(max_prompt_tokens=1024),
+        rollout=RolloutConfig(engine="vllm", max_response_tokens=4096),
+        trainer=TrainerConfig(num_gpus=64),
+        vllm=VllmConfig(tensor_parallel=4),
+    )
+    placed = serving.placement(chosen, shape, value_bytes=2)
+    assert placed is not None
+    assert (placed.where, placed.num_servers, placed.gpus_per_server, placed.transport) == ("colocated", 16, 4, "ipc")
+    vision = shape.vision.num_parameters
+    assert placed.weights_gib * 2**30 == 2 * ((shape.num_parameters - vision) / 4 + vision)
+    assert placed.kv_gib_per_sequence * 2**30 == 2 * 80 * (8 // 4) * 128 * (1024 + 4096) * 2
+    assert placed.buckets_gib * 2**30 == 2 * 152064 * 8192 * 2
+    assert serving.memory_problem(chosen, placed, gpu_gib=80) == ""
+    narrow = dataclasses.replace(chosen, vllm=VllmConfig(tensor_parallel=2))
+    placed = serving.placement(narrow, shape, value_bytes=2)
+    assert placed is not None
+    assert "each of its 2 GPUs" in serving.memory_problem(narrow, placed, gpu_gib=80)
+    raised = dataclasses.replace(
+        narrow, vllm=VllmConfig(tensor_parallel=2, arguments=("--gpu-memory-utilization=0.9",))
+    )
+    assert serving.memory_problem(raised, placed, gpu_gib=80) == ""
+    assert serving.placement(dataclasses.replace(chosen, rollout=RolloutConfig()), shape, value_bytes=2) is None
+
+
 @pytest.mark.parametrize(
     ("vllm", "says"),
     [
         ({"addresses": ("node7:8000",)}, "'node7:8000' is no http://host:port"),
         ({"addresses": ("http://",)}, "'http://' is no http://host:port"),
         ({"addresses": ("http://a:1/v1",)}, "'http://a:1/v1' is no http://host:port"),
+        ({"addresses": ("http://a",)}, "'http://a' names no port from 1 to 65535"),
+        ({"addresses": ("http://a:70000",)}, "'http://a:70000' names no port from 1 to 65535"),
+        ({"addresses": ("http://a:1", "http://b:1", "http://a:1")}, "http://a:1 is named twice"),
+        (
+            {"arguments": ("--gpu-memory-utilization", "much")},
+            "is no number (could not convert string to float: 'much'",
+        ),
+        ({"arguments": ("--gpu-memory-utilization=1.5",)}, "--gpu-memory-utilization 1.5 is outside (0, 1]"),
         ({"tensor_parallel": 3}, "3 does not divide the model's 4 attention heads"),
     ],
 )
@@ -73,6 +111,8 @@ def test_colocated_servers_on_gpus(folder: Path) -> None:
     assert "the trainer has 1; use fewer" in serving.problems(chosen, None)[0]
     more = dataclasses.replace(chosen, trainer=TrainerConfig(num_gpus=8))
     assert serving.problems(more, None) == []
+    uneven = dataclasses.replace(more, trainer=TrainerConfig(num_gpus=6))
+    assert "leaves 2 of the trainer's 6 GPUs without a server" in serving.problems(uneven, None)[0]
     ahead = dataclasses.replace(more, rollout=dataclasses.replace(more.rollout, max_staleness=1))
     assert "cannot run ahead" in serving.problems(ahead, None)[0]
     apart = dataclasses.replace(ahead, vllm=VllmConfig(addresses=("http://a:1", "https://b:2/")))

@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -155,27 +156,25 @@ def test_a_stale_cache_would_be_seen(
     cache: str, world: rig.World, engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The caches are kept on purpose: the same pictures, and the same beginnings, under other weights."""
-    fleet = engine._fleet
+    fleet = engine.fleet
     assert fleet is not None
     short(engine, world)
-    post = fleet._post
+    call = fleet.connection.call
 
-    async def kept(server, path, body, query, *, method="POST"):
-        if path == "/pause":
-            query = query | {"clear_cache": "false"}
-        if path == f"/reset_{cache}_cache":
-            return None
-        return await post(server, path, body, query, method=method)
+    async def kept(url: str, **how: Any) -> Any:
+        if url.endswith("/pause"):
+            how["query"] = how["query"] | {"clear_cache": "false"}
+        return None if url.endswith(f"/reset_{cache}_cache") else await call(url, **how)
 
-    monkeypatch.setattr(fleet, "_post", kept)
+    monkeypatch.setattr(fleet.connection, "call", kept)
     changed = world.weights(changed=0.2)
     load(engine, world, changed, version=1)
     assert rig.Truth(world, changed).gaps(short(engine, world)).max() >= WRONG
 
 
 def test_every_route_but_health_asks_for_the_key(world: rig.World, engine: VllmEngine) -> None:
-    assert engine._fleet is not None
-    url = engine._fleet.servers[0].url
+    assert engine.fleet is not None
+    url = engine.fleet.servers[0].url
     for path in ("/v1/models", "/weight_info", "/metrics", "/is_paused", "/openapi.json", "/is_sleeping"):
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(url + path, timeout=10)

@@ -82,7 +82,7 @@ def test_one_of_two_servers_fails(
     def strike() -> None:
         time.sleep(0.3)
         os.killpg(victim, number)
-        assert engine._fleet.servers[0].asked > 0, "nothing is lost with it"  # type: ignore[union-attr]
+        assert engine.fleet.servers[0].asked > 0, "nothing is lost with it"  # type: ignore[union-attr]
 
     samples = answered(engine, world, strike)
     seconds = time.monotonic() - start
@@ -94,8 +94,8 @@ def test_one_of_two_servers_fails(
     told(injected, lines, samples, seconds)
     # It is started again, and the next sync of weights after it is up brings it back.
     deadline = time.monotonic() + 240
-    while {server.state for server in engine._fleet.servers} != {"ready"}:  # type: ignore[union-attr]
-        assert time.monotonic() < deadline, [server.why for server in engine._fleet.servers]  # type: ignore[union-attr]
+    while {server.state for server in engine.fleet.servers} != {"ready"}:  # type: ignore[union-attr]
+        assert time.monotonic() < deadline, [server.why for server in engine.fleet.servers]  # type: ignore[union-attr]
         time.sleep(2)
         engine.load_weights(iter(world.sent.items()), version=0)
     check(world, answered(engine, world, lambda: None))
@@ -157,7 +157,7 @@ def test_a_server_that_answers_garbage_and_one_that_is_gone(tmp_path: Path, capl
                 assert any("is out" in line for line in lines) == (times > 3), lines
                 told(name, lines, samples, time.monotonic() - start)
             assert len(spoiled) == 9
-            engine._fleet._start_seconds = 6.0  # type: ignore[union-attr]
+            engine.fleet.start_seconds = 6.0  # type: ignore[union-attr]
             server.end()
             with pytest.raises(EngineError, match="no vLLM server is left") as gone:
                 answered(engine, world, lambda: None)
