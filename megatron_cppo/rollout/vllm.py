@@ -206,6 +206,11 @@ class VllmEngine:
         self._push(weights, version=version)
         self._version = version
 
+    @property
+    def pushed(self) -> tuple[int, int]:
+        """Bytes and buckets of the last load."""
+        return self._push.num_bytes, self._push.num_buckets
+
     def sleep(self) -> None:
         """Have the servers give their GPUs' memory away; what weights they have is lost (`load_weights` follows)."""
         self._awake = False
