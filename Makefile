@@ -15,7 +15,7 @@ STAMP := .venv/made-from-$(firstword $(shell (pwd; cat requirements.lock setup.p
 
 help:
 	@echo 'make demo    train a small vision-language model with CPPO on this CPU'
-	@echo 'make test    every test that this machine can run (PYTEST_ARGS="-k name -x")'
+	@echo 'make test    every test that needs no vLLM (PYTEST_ARGS="-k name -x")'
 	@echo 'make test-all  also layouts of six and eight processes, and more of four (about 10 minutes more)'
 	@echo 'make test-vllm  the rollout engine against real vLLM servers on this CPU (some minutes, 3 GB on first use)'
 	@echo 'make check   style, types, layers and architecture'
@@ -30,11 +30,13 @@ demo: $(STAMP)
 
 # One thread a process: the distributed tests run several at once.
 test test-all: export OMP_NUM_THREADS ?= 1
+# What needs programs beside this environment has a target of its own.
+OTHER_TIERS := --ignore=tests/integration/vllm
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(OTHER_TIERS) $(PYTEST_ARGS)
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest --slow $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(OTHER_TIERS) --slow $(PYTEST_ARGS)
 
 # vLLM pins its own torch and is only ever a server, so it has an environment of its own. What CUDA builds bring beside
 # it does not load next to a CPU build of torch.

@@ -6,7 +6,7 @@ Owns what the tests of this folder share; knows nothing of what one of them want
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,7 +35,7 @@ from megatron_cppo.rollout.build import Needs, server_plan, vllm_engine
 from megatron_cppo.rollout.module_weights import module_name
 from megatron_cppo.rollout.server import ServerPlan
 from megatron_cppo.rollout.vllm import VllmEngine
-from megatron_cppo.types import Group, ImageKey, Prompt, Sample
+from megatron_cppo.types import Group, Prompt, Sample
 
 PYTHON = os.environ.get("MEGATRON_CPPO_VLLM_PYTHON", str(Path(__file__).parents[3] / ".venv-vllm" / "bin" / "python"))
 INSTRUCTION = "Read the two digits off the picture, then write down what is asked for, in a box, and no more."
@@ -98,7 +98,6 @@ def make_world(
 def engine(
     world: World,
     *,
-    picture: Callable[[ImageKey], bytes] | None = None,
     key: str = "",
 ) -> Iterator[VllmEngine]:
     """The engine of the world's config, with the checkpoint's weights as version 0."""
@@ -107,7 +106,7 @@ def engine(
     world.sent.update(world.weights())
     needs = Needs(
         pixels=world.source.pixels,
-        picture=picture or world.source.png,
+        picture=lambda key: world.source.png(key),
         decode=words.decode,
         weights=lambda: iter(world.sent.items()),
         beat=lambda: None,

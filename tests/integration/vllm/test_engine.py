@@ -191,13 +191,12 @@ def test_every_route_but_health_asks_for_the_key(world: rig.World, engine: VllmE
     assert not any(engine._key.encode() in line for line in lines)
 
 
-def test_a_wrong_picture_would_be_seen(world: rig.World) -> None:
-    prompts = world.prompts
+def test_a_wrong_picture_would_be_seen(world: rig.World, engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [prompt.row for prompt in world.prompts]
+    true = world.source.png
 
     def another(key: ImageKey) -> bytes:
-        rows = [prompt.row for prompt in prompts]
-        return world.source.png(dataclasses.replace(key, row=rows[(rows.index(key.row) + 1) % len(rows)]))
+        return true(dataclasses.replace(key, row=rows[(rows.index(key.row) + 1) % len(rows)]))
 
-    with rig.engine(world, picture=another) as engine:
-        gaps = rig.Truth(world, world.weights()).gaps(short(engine, world))
-        assert gaps.max() >= WRONG
+    monkeypatch.setattr(world.source, "png", another)
+    assert rig.Truth(world, world.weights()).gaps(short(engine, world)).max() >= WRONG
