@@ -102,7 +102,7 @@ def vllm_engine(
             "hidden_size": plan.shape.hidden_size,
             "num_hidden_layers": plan.shape.num_layers,
             "vocab_size": plan.shape.vocab_size,
-            "dtype": str(DTYPES[config.policy.precision]).removeprefix("torch."),
+            "dtype": servers.dtype,
         },
         environment=needs.environment,
         seed=config.trainer.seed,

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -65,9 +65,7 @@ class World:
         return {name: tensor * (1 + changed) if tensor.dim() > 1 else tensor for name, tensor in read.items()}
 
 
-def make_world(
-    folder: Path, *, tied: bool = True, precision: Literal["fp32", "bf16"] = "fp32", **servers: Any
-) -> World:
+def make_world(folder: Path, *, tied: bool = True, **servers: Any) -> World:
     """The demo's task, with a fresh model of this seed; `servers` are fields of ServerPlan."""
     make_model(folder / "model", seed=3, tied=tied)
     paths = make_data(folder, seed=3, num_train=64, num_warm=1, num_evaluation=16)
@@ -78,7 +76,7 @@ def make_world(
             engine="vllm", samples_per_prompt=4, max_response_tokens=MAX_RESPONSE_TOKENS, max_sequences=32
         ),
         vllm=VllmConfig(python=PYTHON),
-        policy=PolicyConfig(device="cpu", precision=precision, max_tokens_per_microbatch=2048),
+        policy=PolicyConfig(device="cpu", precision="fp32", max_tokens_per_microbatch=2048),
         trainer=TrainerConfig(run_dir=str(folder / "run"), prompts_per_step=4),
     )
     source = PromptSource(
@@ -95,11 +93,7 @@ def make_world(
 
 
 @contextmanager
-def engine(
-    world: World,
-    *,
-    key: str = "",
-) -> Iterator[VllmEngine]:
+def engine(world: World, *, key: str = "") -> Iterator[VllmEngine]:
     """The engine of the world's config, with the checkpoint's weights as version 0."""
     words = vocabulary(world.config.model.path)
     world.sent.clear()
@@ -133,9 +127,9 @@ def samples_of(groups: Sequence[Group]) -> list[Sample]:
 class Truth:
     """Hugging Face's model under some weights: what the engine's log-probs should be."""
 
-    def __init__(self, world: World, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, world: World, weights: Mapping[str, Tensor], *, dtype: torch.dtype = torch.float32) -> None:
         self._world = world
-        self._model = AutoModelForImageTextToText.from_pretrained(world.config.model.path, dtype=torch.float32)
+        self._model = AutoModelForImageTextToText.from_pretrained(world.config.model.path, dtype=dtype)
         self._model.load_state_dict({module_name(name): tensor for name, tensor in weights.items()}, strict=False)
         self._banned = list(vocabulary(world.config.model.path).banned_ids)
 
@@ -144,13 +138,18 @@ class Truth:
         """Of a sample's tokens; banned ids left out."""
         prompt = sample.prompt
         ids = torch.tensor([[*prompt.token_ids, *sample.token_ids]])
+        pixels = [self._world.source.pixels(key) for key in prompt.images("original")]
         later = [[prompt.next_position + i for i in range(len(sample.token_ids))]] * 3
-        logits = self._model(
-            input_ids=ids,
-            position_ids=torch.cat([torch.tensor(prompt.positions), torch.tensor(later)], dim=1)[:, None],
-            pixel_values=torch.cat([self._world.source.pixels(key) for key in prompt.images("original")]),
-            image_grid_thw=torch.tensor([[g.frames, g.height, g.width] for g in prompt.grids]),
-        ).logits[0, len(prompt.token_ids) - 1 : -1]
+        logits = (
+            self._model(
+                input_ids=ids,
+                position_ids=torch.cat([torch.tensor(prompt.positions), torch.tensor(later)], dim=1)[:, None],
+                pixel_values=torch.cat(pixels).to(self._model.dtype),
+                image_grid_thw=torch.tensor([[g.frames, g.height, g.width] for g in prompt.grids]),
+            )
+            .logits[0, len(prompt.token_ids) - 1 : -1]
+            .float()
+        )
         logits[:, self._banned] = -torch.inf
         logp = (logits / temperature).log_softmax(-1)
         return logp.gather(1, torch.tensor(sample.token_ids)[:, None]).squeeze(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 import urllib.error
 import urllib.request
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from megatron_cppo.rollout.engine import EngineError
 from megatron_cppo.rollout.vllm import VllmEngine
+from megatron_cppo.selfcheck import MAX_LOGP_GAP
 from megatron_cppo.types import ImageKey
 from tests.integration.vllm import rig
 
@@ -67,6 +69,27 @@ def test_log_probs_are_those_of_the_distribution_that_was_sampled_from(
     assert gaps.max() <= BOUND
     assert all(sample.truncated == (len(sample.token_ids) == rig.MAX_RESPONSE_TOKENS) for sample in samples)
     assert len({sample.token_ids for sample in samples}) == len(samples), "two samples are the same"
+
+
+def test_in_bf16_engine_and_model_round_otherwise(tmp_path: Path) -> None:
+    """The same rounded weights on both sides: within the bound of the product's own check, and far from fp32's."""
+    world = rig.make_world(tmp_path, dtype="bfloat16")
+    rounded = {name: tensor.bfloat16() for name, tensor in world.weights().items()}
+    with rig.engine(world) as engine:
+        load(engine, world, rounded, version=1)
+        samples = short(engine, world)
+    exact = {name: tensor.float() for name, tensor in rounded.items()}
+    truths = {
+        "the model in bf16": rig.Truth(world, rounded, dtype=torch.bfloat16),
+        "the model in fp32": rig.Truth(world, exact),
+    }
+    for name, truth in truths.items():
+        gaps = truth.gaps(samples)
+        p99 = gaps.kthvalue(math.ceil(0.99 * len(gaps))).values
+        print(
+            f"engine in bf16, {name}: {len(gaps)} tokens, mean {gaps.mean():.1e}, p99 {p99:.1e}, max {gaps.max():.1e}"
+        )
+        assert BOUND < gaps.mean() <= MAX_LOGP_GAP["bf16"]
 
 
 def test_the_same_question_has_the_same_answer_in_any_company(world: rig.World, engine: VllmEngine) -> None:

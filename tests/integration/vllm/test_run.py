@@ -19,32 +19,26 @@ def processes() -> list[str]:
     return [line.read_text(errors="replace") for line in lines if line.exists()]
 
 
-@pytest.mark.parametrize(("precision", "staleness"), [("fp32", 0), ("fp32", 1), ("bf16", 0)])
-def test_a_run_of_two_ranks_trains_on_what_servers_sampled(precision: str, staleness: int, tmp_path: Path) -> None:
-    """In bf16 engine and policy round otherwise: within the run's own bound, which would end it, and weighed."""
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_run_of_two_ranks_trains_on_what_servers_sampled(staleness: int, tmp_path: Path) -> None:
     write_recipe(tmp_path)
     launcher = Launcher(tmp_path)
     flags = ["--rollout.engine", "vllm", "--vllm.python", PYTHON, "--rollout.check_every_steps", "1"]
     flags += ["--trainer.num_steps", str(NUM_STEPS), "--rollout.max_staleness", str(staleness)]
-    flags += ["--policy.precision", precision, "--algorithm.correction", "auto"]
+    flags += ["--algorithm.correction", "auto"]
     assert launcher.finish("run", *flags) == 0, launcher.said("run")
     run = tmp_path / "run"
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [step for step in steps if "rollout/truncated_share" in step or "policy/loss" in step]
     assert [step["step"] for step in steps] == list(range(1, NUM_STEPS + 1))
-    checked = [step for step in steps if "rollout/logp_gap_max" in step]
-    assert checked
-    for name in ("mean", "p99", "max"):
-        gaps = [step[f"rollout/logp_gap_{name}"] for step in checked]
-        print(f"{precision}, staleness {staleness}: {name} gap of each checked step {[f'{gap:.1e}' for gap in gaps]}")
-        if precision == "fp32":
-            assert max(gaps) <= BOUND
-        else:
-            assert min(gaps) > BOUND * (name == "max"), "bf16 cannot agree so well"
+    gaps = [step["rollout/logp_gap_max"] for step in steps if "rollout/logp_gap_max" in step]
+    print(f"staleness {staleness}: largest gap of each step {[f'{gap:.1e}' for gap in gaps]}")
+    assert gaps
+    assert max(gaps) <= BOUND
     weights = [step.get("policy/correction_weight", 1.0) for step in steps]
-    print(f"{precision}, staleness {staleness}: mean correction weight of each step {weights}")
+    print(f"staleness {staleness}: mean correction weight of each step {weights}")
     assert all(0 < weight <= 2 for weight in weights)
-    assert any(weight != 1 for weight in weights) == (precision == "bf16" or staleness > 0)
+    assert any(weight != 1 for weight in weights) == (staleness > 0)
     if staleness:
         assert max(step["rollout/staleness_max"] for step in steps) <= staleness
     assert (run / "logs" / "vllm0.log").stat().st_size > 0
