@@ -63,7 +63,8 @@ def reinforce(run: Run) -> None:
         step += 1
         with run.log.step(step) as record:
             groups = _graded_groups(run, step, record)
-            run.engine.sleep()
+            with record.span("rollout"):
+                run.engine.sleep()
             batch = learn(run, step, groups, record)
             with record.span("sync"):
                 run.engine.wake()
