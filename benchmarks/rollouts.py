@@ -140,7 +140,6 @@ def engine_of(task: Task, kind: Kind, *, transport: str = "shm", bucket_bytes: i
         banned_ids=words.banned_ids,
         end_ids=words.eos_ids,
         max_images=1,
-        address="127.0.0.1",
         key="",
         local_rank=0,
         environment=os.environ,

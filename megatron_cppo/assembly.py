@@ -70,7 +70,6 @@ def build_run(
             banned_ids=words.banned_ids,
             end_ids=words.eos_ids,
             max_images=max(1, *(source.max_images for source in sources.values())),
-            address=environment.get("MASTER_ADDR", "127.0.0.1"),
             key=environment.get(SERVER_KEY, ""),
             local_rank=int(environment.get("LOCAL_RANK", "0")),
             environment=environment,

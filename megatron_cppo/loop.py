@@ -170,7 +170,9 @@ def learn(run: Run, step: int, groups: Sequence[Group], record: StepRecord) -> B
     """The step's updates on its graded groups; returns the batch that they saw. Checks engine and policy when due."""
     config, plan, policy, log = run.config, run.plan, run.policy, run.log
     first = step == 1 and config.trainer.self_check
-    checks = first or _due(step, config.rollout.check_every_steps)
+    # Servers read the first weights themselves; the second step's are the first that were sent after an update.
+    sent = step == 2 and config.trainer.self_check and plan.serving is not None
+    checks = first or sent or _due(step, config.rollout.check_every_steps)
     old = checks or plan.scores_old_logp
     with record.span("batch"):
         batch = plan_batch(config, plan, groups, score=old or plan.uses_reference)
@@ -206,9 +208,10 @@ def _check(run: Run, step: int, batch: Batch, record: StepRecord, *, first: bool
     gap = engine_gap(batch, version=step - 1)
     record.add(gap)
     if not gap:
-        run.log.say_once(
-            "no token of a checked step was sampled by the current weights: where rollouts run ahead "
-            "(rollout.max_staleness), engine and policy cannot be compared"
+        LOG.warning(
+            "step %d: engine and policy could not be compared, no token was sampled by the current weights: rollouts "
+            "run ahead (rollout.max_staleness)",
+            step,
         )
     if first and not run.policy.skipped:
         check_first_step(

@@ -36,6 +36,10 @@ RESUMABLE = LAYOUT | frozenset(
     {
         "rollout.check_every_steps",
         "rollout.max_logp_gap",
+        "vllm.python",  # servers move; which of vLLM's arguments change no number is not known here
+        "vllm.addresses",
+        "vllm.host",
+        "vllm.tensor_parallel",
         "trainer.run_dir",  # the folder may have been moved, or be spelled in another way
         "trainer.keep_checkpoints",
         "trainer.keep_every_steps",

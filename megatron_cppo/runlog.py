@@ -123,7 +123,6 @@ class RunLog:
         self._in_step = False
         self._first_start: float | None = None
         self._steps_done = 0
-        self._said: set[str] = set()
         self._purge_step: int | None = None
         self._tensorboard: Any = None
         self._wandb: Any = None
@@ -204,12 +203,6 @@ class RunLog:
         progress.close()
         if not self._in_step:
             self._write_timings(self._last_step, {name: self._clock() - start})
-
-    def say_once(self, text: str) -> None:
-        """Log `text`, unless it was before."""
-        if self._writes and text not in self._said:
-            LOG.info("%s", text)
-        self._said.add(text)
 
     def failure(self, step: int, what: str, text: str) -> None:
         """Warn of, and count, something of step `step` that failed without ending the run ("checkpoint").

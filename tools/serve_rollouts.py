@@ -18,12 +18,15 @@ from pathlib import Path
 
 from megatron_cppo.config import UserError
 from megatron_cppo.rollout.build import server_plan
+from megatron_cppo.rollout.engine import EngineError
 from megatron_cppo.rollout.server import ServerProcess
 from megatron_cppo.serving import SERVER_KEY
 from megatron_cppo.train import read_config
 
 LOG = logging.getLogger("megatron_cppo")
 LOOK_SECONDS = 2.0
+SHORTEST_LIFE_SECONDS = 60.0
+"""A server that ends sooner is started again only after as long: its arguments may be wrong."""
 
 
 def main() -> int:
@@ -46,7 +49,10 @@ def main() -> int:
         plan = server_plan(config, max_images=chosen.images)
         parallel = config.vllm.tensor_parallel
 
+        born: dict[int, float] = {}
+
         def start(index: int) -> ServerProcess:
+            born[index] = time.monotonic()
             return ServerProcess(
                 plan,
                 seed=config.trainer.seed + index,
@@ -63,9 +69,14 @@ def main() -> int:
         while True:
             time.sleep(LOOK_SECONDS)
             for index, server in enumerate(servers):
-                if why := server.ended():
-                    LOG.warning("server %d: %s", index, why)
+                if not (why := server.ended()) or time.monotonic() < born[index] + SHORTEST_LIFE_SECONDS:
+                    continue
+                LOG.warning("server %d is started again: %s", index, why)
+                server.end()  # what is left of it holds its GPUs and its port
+                try:
                     servers[index] = start(index)
+                except EngineError as error:  # the others serve on
+                    LOG.warning("server %d: %s; tried again in %.0f s", index, error, SHORTEST_LIFE_SECONDS)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 2

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,7 +34,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class Needs:
     """What an engine asks of the run.
 
-    `address`, `key` and `local_rank` come from the `environment`, which servers that are started here inherit.
+    `key` and `local_rank` come from the `environment`, which servers that are started here inherit.
     """
 
     pixels: Callable[[ImageKey], Tensor]
@@ -44,7 +45,6 @@ class Needs:
     banned_ids: Sequence[int]
     end_ids: Sequence[int]
     max_images: int
-    address: str
     key: str
     local_rank: int
     environment: Mapping[str, str]
@@ -78,14 +78,16 @@ def _vllm(config: Config, plan: Plan, needs: Needs, group: dist.ProcessGroup | N
         gpu_gib = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
         if problem := serving.memory_problem(config, plan.serving, gpu_gib=gpu_gib):
             raise EngineError(problem)
-    return vllm_engine(config, plan, needs, group, servers=server_plan(config, max_images=needs.max_images))
+    # The ranks wait for rank 0 for long and often: in a group of the GPUs', their kernels would spin beside vLLM's.
+    waits: Any = dist.new_group(backend="gloo") if config.policy.device == "cuda" and group is not None else group
+    return vllm_engine(config, plan, needs, waits, servers=server_plan(config, max_images=needs.max_images))
 
 
 def vllm_engine(
     config: Config, plan: Plan, needs: Needs, group: dist.ProcessGroup | None, *, servers: ServerPlan
 ) -> VllmEngine:
     """An engine on `servers`."""
-    device, alone = config.policy.device, config.vllm.host == "127.0.0.1" and not serving.separate(config)
+    device = config.policy.device
     return VllmEngine(
         servers,
         Rules(
@@ -109,7 +111,6 @@ def vllm_engine(
         key=needs.key,
         group=group,
         device=torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device),
-        address="127.0.0.1" if alone else needs.address,
         log_dir=Path(config.trainer.run_dir) / "logs",
     )
 

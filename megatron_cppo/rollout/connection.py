@@ -6,21 +6,28 @@ Owns the connections and their time limits; knows neither what is asked nor what
 from __future__ import annotations
 
 import asyncio
+import ipaddress
+import socket
 import threading
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import aiohttp
 
 from megatron_cppo.rollout.engine import EngineError
 
 CALL_SECONDS = 600.0
-"""For a call that pauses, moves or loads; not for one that generates."""
+"""For a call that moves or loads; not for one that generates."""
 CONNECT_SECONDS = 10.0
 FAILURES = (TimeoutError, aiohttp.ClientError, OSError)
 """What a server that is gone, slow or confused looks like."""
 Result = TypeVar("Result")
+
+
+class KeyRefusedError(EngineError):
+    """A server does not take the run's key: it is another's, or was given another one."""
 
 
 class Connection:
@@ -46,12 +53,22 @@ class Connection:
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
 
-    async def call(self, url: str, *, method: str, body: Any = None, query: Mapping[str, str] | None = None) -> Any:
+    async def call(
+        self,
+        url: str,
+        *,
+        method: str,
+        body: Any = None,
+        query: Mapping[str, str] | None = None,
+        seconds: float = CALL_SECONDS,
+    ) -> Any:
         """The JSON that a route answers, None for an empty answer. Raises EngineError for anything else."""
-        limit = aiohttp.ClientTimeout(total=CALL_SECONDS, sock_connect=CONNECT_SECONDS)
+        limit = aiohttp.ClientTimeout(total=seconds, sock_connect=CONNECT_SECONDS)
         try:
             async with self.session.request(method, url, json=body, params=query, timeout=limit) as response:
                 text = await response.text()
+                if response.status in (401, 403):
+                    raise KeyRefusedError(f"it answered {response.status}: {text[:500]}")
                 if response.status != 200:
                     raise EngineError(f"it answered {response.status}: {text[:500]}")
                 return await response.json(content_type=None) if text else None
@@ -77,3 +94,30 @@ class Connection:
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
             headers={"Authorization": f"Bearer {key}"},
         )
+
+
+def listen_towards(urls: Sequence[str]) -> socket.socket:
+    """A socket on the interface from which this machine reaches the servers, and on no other.
+
+    Raises EngineError when one cannot be reached, or when some run on this machine's loopback and some elsewhere.
+    """
+    mine = {}
+    for url in urls:
+        parts = urlsplit(url)
+        try:
+            family, kind, _, _, place = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_DGRAM)[0]
+            with socket.socket(family, kind) as probe:  # connecting such a socket sends nothing
+                probe.connect(place)
+                mine[url] = probe.getsockname()[0]
+        except OSError as error:
+            raise EngineError(
+                f"vllm.addresses: {url} cannot be reached ({error}); give the servers' addresses"
+            ) from error
+    if len({ipaddress.ip_address(address).is_loopback for address in mine.values()}) > 1:
+        near = [url for url, address in mine.items() if ipaddress.ip_address(address).is_loopback]
+        raise EngineError(
+            f"vllm.addresses: {', '.join(near)} is on this machine's loopback, and others are not; name it by the "
+            "machine's own address"
+        )
+    address = next(iter(mine.values()))
+    return socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)

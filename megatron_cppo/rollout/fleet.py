@@ -8,12 +8,13 @@ weights, it says (`Todo`) and waits. What is asked and answered is `wire`'s, the
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,9 +22,11 @@ from typing import Any
 import aiohttp
 
 from megatron_cppo.rollout import wire
-from megatron_cppo.rollout.connection import FAILURES, Connection
+from megatron_cppo.rollout.connection import FAILURES, Connection, KeyRefusedError
 from megatron_cppo.rollout.engine import EngineError
+from megatron_cppo.rollout.health import LOOK_SECONDS, Limits, Server, look
 from megatron_cppo.rollout.wire import Part, Question, Rules, WireError
+from megatron_cppo.serving import SERVER_KEY
 
 LOG = logging.getLogger("megatron_cppo")
 MAX_TRIES = 5
@@ -32,33 +35,10 @@ MAX_GARBAGE = 3
 """Replies in a row that are no answers; the server is then taken for broken."""
 ASK_AHEAD = 1.25
 """Samples given to a server at once, of those that it decodes at once: the next ones wait there and not here."""
-LOOK_SECONDS = 2.0
-ABORT_SECONDS = 60.0
-
-
-@dataclass(eq=False, slots=True)
-class Server:
-    """One server as its driver sees it. States: starting, idle (it answers, and has no weights of ours), ready, failed
-    (to be started again, or awaited), dropped."""
-
-    index: int
-    url: str
-    ours: bool
-    state: str = "starting"
-    why: str = ""
-    version: int = -1
-    asked: int = 0
-    garbage: int = 0
-    starts: int = 0
-    fruitless: int = 0
-    """Starts since it last answered."""
-    seen: float = field(default_factory=time.monotonic)
-    progress: float = -1.0
-
-    @property
-    def name(self) -> str:
-        """For people."""
-        return f"server {self.index} ({self.url})"
+PAUSE_SECONDS = 60.0
+ABORT_SECONDS = 10.0
+"""Answers that are aborted arrive within that; who owes one then is no longer waited for."""
+ABORT_AGAIN_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +48,8 @@ class Todo:
     kind: str
     servers: tuple[int, ...] = ()
     num_answers: int = 0
+    dropped: tuple[int, ...] = ()
+    """Servers that are given up: what is left of their processes holds memory."""
 
 
 @dataclass(eq=False, slots=True)
@@ -88,29 +70,16 @@ class _Piece:
 class Fleet:
     """All servers of a run. Its public methods are called by one thread, which is not the loop's."""
 
-    def __init__(
-        self,
-        rules: Rules,
-        *,
-        key: str,
-        label: str,
-        max_sequences: int,
-        hang_seconds: float,
-        start_seconds: float,
-        max_restarts: int,
-    ) -> None:
-        """`label` begins the name of every version of the weights, so that another run's are known as such.
-
-        A server that gives no token for `hang_seconds` while it is asked, or is not up within `start_seconds`, is out.
-        One that was started again `max_restarts` times and never answered is given up.
-        """
+    def __init__(self, rules: Rules, *, key: str, label: str, max_sequences: int, limits: Limits) -> None:
+        """`label` begins the name of every version of the weights, so that another run's are known as such."""
         self.servers: list[Server] = []
         self.version = -1
         self._rules, self._label = rules, label
         self._most = max(1, int(max_sequences * ASK_AHEAD))
-        self._hang_seconds, self.start_seconds, self._max_restarts = hang_seconds, start_seconds, max_restarts
+        self.limits = limits
         self._pending: deque[_Piece] = deque()
         self._running: dict[asyncio.Task[None], tuple[Server, _Piece]] = {}
+        self._calling: dict[asyncio.Task[Any], Server] = {}
         self._held = True
         self._failure = ""
         self._changed = threading.Condition()
@@ -125,20 +94,22 @@ class Fleet:
         self.connection.wait(self._add([_Piece(ticket, question) for question in questions]))
         return ticket
 
-    def todo(self, ticket: _Ticket | None, *, seconds: float) -> Todo:
+    def todo(self, ticket: _Ticket | None, *, seconds: float, all_up: bool = False) -> Todo:
         """What is to be done before `ticket` is answered (None: before weights can be sent); waits at most `seconds`.
 
-        All servers are awaited when they start for the first time, none when it was started again and others are up.
+        All servers are awaited when they start for the first time; one that was started again only with `all_up`, or
+        where no other is up.
 
         Raises EngineError when no server is left, or a question was failed at by several.
         """
         deadline = time.monotonic() + seconds
         with self._changed:
             while True:
-                todo = self._next(ticket)
+                todo = self._next(ticket, all_up)
                 left = deadline - time.monotonic()
                 if todo.kind != "wait" or left <= 0:
-                    return todo
+                    dropped = tuple(server.index for server in self.servers if server.state == "dropped")
+                    return dataclasses.replace(todo, dropped=dropped)
                 self._changed.wait(left)
 
     def started(self, index: int, url: str, *, ours: bool) -> None:
@@ -156,6 +127,10 @@ class Fleet:
     def post(self, server: Server, path: str, body: Any = None, **query: str) -> Future[Any]:
         """Call a route of one server; a failure fails the server, and is raised as EngineError by the future."""
         return self.connection.begin(self._call(server, path, method="POST", body=body, query=query))
+
+    def tries(self, server: Server, path: str, body: Any = None) -> Future[Any]:
+        """Call a route that may well refuse: then the future raises EngineError, and the server stays in."""
+        return self.connection.begin(self.connection.call(f"{server.url}{path}", method="POST", body=body))
 
     def get(self, server: Server, path: str) -> Future[Any]:
         """Read a route of one server, like `post`."""
@@ -184,7 +159,7 @@ class Fleet:
 
     def usable(self) -> list[Server]:
         """The servers that can be sent weights."""
-        return [server for server in self.servers if server.state in ("idle", "ready")]
+        return [server for server in self.servers if server.usable]
 
     def close(self) -> None:
         """Let go of all connections; nothing may be asked any more."""
@@ -192,7 +167,7 @@ class Fleet:
         self.connection.wait(self._close())
         self.connection.close()
 
-    def _next(self, ticket: _Ticket | None) -> Todo:
+    def _next(self, ticket: _Ticket | None, all_up: bool) -> Todo:
         if self._failure:
             raise EngineError(self._failure)
         alive = [server for server in self.servers if server.state != "dropped"]
@@ -206,8 +181,8 @@ class Fleet:
         if failed:
             return Todo("start", failed, num_answers)
         if ticket is None:
-            first = any(server.state == "starting" and server.starts == 1 for server in alive)
-            waits = first or not self.usable()
+            awaited = any(server.state == "starting" and (all_up or server.starts == 1) for server in alive)
+            waits = awaited or not self.usable()
             return Todo("wait" if waits else "done")
         behind = tuple(server.index for server in alive if server.state == "idle")
         return Todo("sync", behind, num_answers) if behind else Todo("wait", num_answers=num_answers)
@@ -234,17 +209,25 @@ class Fleet:
 
     async def _hold(self) -> None:
         self._held = True
-        await asyncio.gather(
-            *(
-                self._quietly(self._call(server, "/pause", method="POST", query={"mode": "abort"}))
-                for server in self.usable()
-            )
-        )
+        await self._everywhere("/pause", query={"mode": "abort"})
+        # What was still on its way to a server waits there for the end of the pause, and has to be aborted by itself.
+        deadline = time.monotonic() + ABORT_SECONDS
+        while self._running and time.monotonic() < deadline:
+            _, waiting = await asyncio.wait(list(self._running), timeout=ABORT_AGAIN_SECONDS)
+            if waiting:
+                await self._everywhere("/abort_requests", body={})
+        for task in list(self._running):  # the server aborts what nobody waits for
+            task.cancel()
         if self._running:
-            await asyncio.wait(list(self._running), timeout=ABORT_SECONDS)
-        for server in self.servers:
-            if server.asked and server.state == "ready":
-                self._fail(server, f"{server.asked} answers did not end when they were aborted")
+            await asyncio.wait(list(self._running))
+
+    async def _everywhere(self, path: str, **how: Any) -> None:
+        await asyncio.gather(*(self._quietly(server, path, **how) for server in self.usable()))
+
+    async def _quietly(self, server: Server, path: str, **how: Any) -> None:
+        """Call a route; the server that it fails at is out, which is all that is to be known."""
+        with contextlib.suppress(EngineError):
+            await self._call(server, path, method="POST", seconds=PAUSE_SECONDS, **how)
 
     async def _let_go(self) -> None:
         self._held = False
@@ -274,7 +257,7 @@ class Fleet:
 
     def _asked(self, task: asyncio.Task[None]) -> None:
         _, piece = self._running.pop(task)
-        if task.cancelled():  # its server is out
+        if task.cancelled():  # its server is out, or pauses
             self._pending.appendleft(piece)
         elif task.exception() is not None:
             self._failure = f"the driver of the rollouts failed: {task.exception()!r}"
@@ -289,11 +272,15 @@ class Fleet:
                 if response.status >= 500:
                     raise aiohttp.ClientError(f"it answered {response.status}: {(await response.text())[:300]}")
                 reply = await response.json(content_type=None)
+                if response.status in (401, 403):
+                    raise KeyRefusedError(f"it answered {response.status}")
                 if response.status in (400, 413, 422):  # every server would say so
                     self._failure = f"{server.name} refuses a request: {str(reply)[:500]}"
                 if response.status != 200:
                     raise WireError(f"it answered {response.status}: {str(reply)[:300]}")
             answers = wire.answers(reply, piece.question, self._rules, versions=labels)
+        except KeyRefusedError:
+            self._refused(server)
         except FAILURES as error:
             if server.starts == start:
                 self._fail(server, str(error) or type(error).__name__)
@@ -334,19 +321,27 @@ class Fleet:
         self._pending.appendleft(piece)
 
     async def _call(self, server: Server, path: str, **how: Any) -> Any:
+        task = asyncio.current_task()
+        assert task is not None, "called by the loop"
+        self._calling[task] = server
         try:
             return await self.connection.call(f"{server.url}{path}", **how)
+        except KeyRefusedError as error:
+            self._refused(server)
+            raise EngineError(self._failure) from error
         except EngineError as error:
             self._fail(server, f"{path}: {error}")
             raise EngineError(f"{server.name}: {path}: {error}") from error
+        except asyncio.CancelledError:
+            if server.usable or server.state == "starting":  # it is not the server that is out
+                raise
+            raise EngineError(f"{server.name}: {path}: {server.why}") from None
+        finally:
+            del self._calling[task]
 
-    @staticmethod
-    async def _quietly(work: Coroutine[Any, Any, Any]) -> None:
-        """Do `work`; the server that it fails at is out, which is all that is to be known."""
-        try:
-            await work
-        except EngineError:
-            return
+    def _refused(self, server: Server) -> None:
+        self._failure = f"{server.name} refuses the run's key; set {SERVER_KEY} to the one that it was started with"
+        self._tell()
 
     async def _fail_soon(self, server: Server, why: str) -> None:
         self._fail(server, why)
@@ -357,10 +352,11 @@ class Fleet:
         LOG.warning("%s is out: %s; its %d answers go to others", server.name, why, server.asked)
         server.state, server.why, server.version, server.asked = "failed", why, -1, 0
         server.seen = time.monotonic()
-        for task, (asked, _) in self._running.items():
+        owing = {task: asked for task, (asked, _) in self._running.items()} | self._calling
+        for task, asked in owing.items():
             if asked is server and task is not asyncio.current_task():
                 task.cancel()
-        if server.ours and server.fruitless > self._max_restarts:
+        if server.fruitless > self.limits.max_restarts:
             self.drop(server)
         self._tell()
 
@@ -378,27 +374,8 @@ class Fleet:
             await asyncio.sleep(LOOK_SECONDS)
 
     async def _look_at(self, server: Server) -> None:
-        revives = server.state == "failed" and not server.ours
-        if server.state == "starting" or revives:
-            if await self.connection.reads(f"{server.url}/health", seconds=LOOK_SECONDS) is not None:
-                server.state = "idle"
-                server.starts += revives
-                LOG.info("%s is up", server.name)
-            elif time.monotonic() - server.seen > self.start_seconds:
-                if revives:
-                    self.drop(server)
-                else:
-                    self._fail(server, f"it was not up within {self.start_seconds:.0f} s")
-        elif server.state == "ready" and server.asked:
-            text = await self.connection.reads(f"{server.url}/metrics", seconds=LOOK_SECONDS)
-            progress = None if text is None else _tokens(text)
-            if progress is not None and progress != server.progress:
-                server.progress, server.seen = progress, time.monotonic()
-            elif time.monotonic() - server.seen > self._hang_seconds:
-                self._fail(server, f"no token came from it for {self._hang_seconds:.0f} s")
-
-
-def _tokens(metrics: str) -> float:
-    """How many tokens a server has read and sampled, by its own count."""
-    counted = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
-    return sum(float(line.rsplit(" ", 1)[1]) for line in metrics.splitlines() if line.startswith(counted))
+        why = await look(server, self.connection, self.limits)
+        if why and server.state == "failed":  # it was awaited for long enough
+            self.drop(server)
+        elif why:
+            self._fail(server, why)

@@ -19,6 +19,7 @@ from pathlib import Path
 from megatron_cppo.config import VllmConfig
 from megatron_cppo.ranks import die_with_parent
 from megatron_cppo.rollout.engine import EngineError
+from megatron_cppo.rollout.health import Limits
 from megatron_cppo.rollout.wire import MODEL
 from megatron_cppo.serving import BUCKET_BYTES, GPU_SHARE
 
@@ -28,6 +29,7 @@ MODULE = "megatron_cppo_in_vllm"
 TRANSFER_BACKEND = "megatron_cppo"
 KEY = "VLLM_API_KEY"
 GRACE_SECONDS = 10.0
+LIMITS = Limits(hang_seconds=120.0, start_seconds=1800.0, max_restarts=3)
 _LOG_LINES = 12
 
 
@@ -35,9 +37,7 @@ _LOG_LINES = 12
 class ServerPlan:
     """What all servers of a run have in common, and how they are looked after.
 
-    Weights are sent in buckets of `bucket_bytes`, two in memory; one tensor may be larger. A server that is asked and
-    gives no token for `hang_seconds`, or is not up after `start_seconds`, is started again; one that was so
-    `max_restarts` times and never answered is given up.
+    Weights are sent in buckets of `bucket_bytes`, two in memory; one tensor may be larger.
     """
 
     vllm: VllmConfig
@@ -51,9 +51,7 @@ class ServerPlan:
     max_images: int
     transport: str
     bucket_bytes: int = BUCKET_BYTES
-    hang_seconds: float = 120.0
-    start_seconds: float = 1800.0
-    max_restarts: int = 3
+    limits: Limits = LIMITS
     num_on_cpu: int = 1
 
 
@@ -116,7 +114,20 @@ def server_environment(
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": inherited.get("OMP_NUM_THREADS", "1"),
         }
-    return found | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
+    return found | {"CUDA_VISIBLE_DEVICES": _visible(gpus, inherited.get("CUDA_VISIBLE_DEVICES", ""))}
+
+
+def _visible(gpus: Sequence[int], inherited: str) -> str:
+    """The GPUs of a server, counted among those that this process sees; these may be some of a machine's, or MIG's."""
+    if not inherited:
+        return ",".join(map(str, gpus))
+    seen = inherited.split(",")
+    if max(gpus) >= len(seen):
+        raise EngineError(
+            f"CUDA_VISIBLE_DEVICES is {inherited!r} and a server is to have GPUs {list(gpus)} of these; let every "
+            "process see all of the job's GPUs of its machine, or start fewer servers"
+        )
+    return ",".join(seen[gpu] for gpu in gpus)
 
 
 class ServerProcess:
@@ -180,14 +191,20 @@ class ServerProcess:
             deadline = time.monotonic() + GRACE_SECONDS
             while self._process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.05)
+        # Workers that outlive it clean up after themselves: shared memory, semaphores, their GPU's.
+        deadline = time.monotonic() + GRACE_SECONDS
+        while self._signal(0) and time.monotonic() < deadline:
+            time.sleep(0.05)
         self._signal(signal.SIGKILL)
         self._process.wait(GRACE_SECONDS)
 
-    def _signal(self, number: int) -> None:
+    def _signal(self, number: int) -> bool:
+        """Whether there still was a process to have it."""
         try:
             os.killpg(self.pid, number)
         except ProcessLookupError:
-            return
+            return False
+        return True
 
 
 def free_port(host: str, wanted: int = 0) -> int:
@@ -196,7 +213,8 @@ def free_port(host: str, wanted: int = 0) -> int:
     Who takes it before the server does makes that start fail; the next start chooses another.
     """
     try:
-        with socket.create_server((host, wanted)) as server:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host, wanted), family=family) as server:
             return server.getsockname()[1]
     except OSError as error:
         raise EngineError(

@@ -32,6 +32,7 @@ from megatron_cppo.types import Group, ImageKey, Prompt, Sample
 LOG = logging.getLogger("megatron_cppo")
 BEAT_SECONDS = 2.0
 ENCODERS = 4
+INCOMPLETE = "the weights are incomplete since the last load failed; load all of them first"
 Weights = Callable[[], Iterable[tuple[str, Tensor]]]
 
 
@@ -94,15 +95,15 @@ class VllmEngine:
         key: str,
         group: dist.ProcessGroup | None,
         device: torch.device,
-        address: str,
         log_dir: Path,
     ) -> None:
         """Start the servers (they come up while the policy is built), or find them. Called by all ranks alike.
 
         `expected` are the tensors that a load must bring, `model` what a server must say of its model; `key` "" draws
-        one. `address` is where servers on other machines find rank 0. Raises EngineError.
+        one. `group` is waited in for long: better one of the CPU's. Raises EngineError.
         """
         self._plan, self._rules, self._calls, self._places = plan, rules, callbacks, tuple(places)
+        self._device = device
         self._model, self._seed, self._group, self._log_dir = model, seed, group, log_dir
         self._rank = 0 if group is None else dist.get_rank(group)
         self._environment = environment
@@ -114,18 +115,16 @@ class VllmEngine:
                 key=self._key,
                 label=label,
                 max_sequences=plan.max_sequences,
-                hang_seconds=plan.hang_seconds,
-                start_seconds=plan.start_seconds,
-                max_restarts=plan.max_restarts,
+                limits=plan.limits,
             )
         self._push = WeightPush(
             fleet=self.fleet,
             transport=plan.transport,
             bucket_bytes=plan.bucket_bytes,
             expected=expected,
+            value_bytes=getattr(torch, plan.dtype).itemsize,
             device=device,
             group=group,
-            address=address,
         )
         self._processes: dict[int, ServerProcess] = {}
         self._version: int | None = None
@@ -150,7 +149,7 @@ class VllmEngine:
     def submit(self, prompts: Sequence[Prompt], *, samples_per_prompt: int, temperature: float, salt: int = 0) -> int:
         """Have the prompts answered in the background; returns the ticket for `collect`."""
         if self._version is None:
-            raise EngineError("the weights are incomplete since the last load failed; load all of them first")
+            raise EngineError(INCOMPLETE)
         if not self._awake:
             raise EngineError("the engine is asleep; wake it before generating")
         if samples_per_prompt < 1 or temperature < 0:
@@ -212,9 +211,14 @@ class VllmEngine:
         return self._push.num_bytes, self._push.num_buckets
 
     def sleep(self) -> None:
-        """Have the servers give their GPUs' memory away; what weights they have is lost (`load_weights` follows)."""
+        """Have the servers give their GPUs' memory away; what weights they have is lost (`load_weights` follows).
+
+        One that is being started again is awaited: it would take memory in the middle of an update.
+        """
         self._awake = False
         if not self._plan.vllm.addresses:
+            for _ in self._todos(None, all_up=True):
+                pass
             self._everywhere("/sleep", level="2")
             if self.fleet is not None:
                 for server in self.fleet.usable():
@@ -223,6 +227,9 @@ class VllmEngine:
     def wake(self) -> None:
         """Have the servers take their memory back."""
         if not self._plan.vllm.addresses:
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()  # what the policy does not use now, on this rank's GPU
+            self._share(None)
             self._everywhere("/wake_up")
         self._awake = True
 
@@ -235,23 +242,28 @@ class VllmEngine:
             process.end()
 
     def _everywhere(self, path: str, **query: str) -> None:
-        if self.fleet is None:
-            return
-        for call in [self.fleet.post(server, path, **query) for server in self.fleet.usable()]:
-            call.exception()  # whose server fails, is out
+        """Call a route of every server; all ranks go on once all have answered."""
+        if self.fleet is not None:
+            for call in [self.fleet.post(server, path, **query) for server in self.fleet.usable()]:
+                call.exception()  # whose server fails, is out
+        self._share(None)
 
-    def _todos(self, asked: Any) -> Iterator[Todo]:
-        """Do what the fleet needs until `asked` is answered (None: until all servers are up); every beat is yielded."""
+    def _todos(self, asked: Any, *, all_up: bool = False) -> Iterator[Todo]:
+        """Do what the fleet needs until `asked` is answered (None: until weights can be sent, with `all_up` until no
+        server is being started); every beat is yielded.
+        """
         while True:
-            todo: Todo = self._share(self._next(asked))
-            self._bury()
+            todo: Todo = self._share(self._next(asked, all_up=all_up))
+            self._bury(todo.dropped)
             yield todo
             self._calls.beat()
             if todo.kind == "done":
                 return
             if todo.kind == "start":
                 self._start(todo.servers)
-            elif todo.kind == "sync" and self._version is not None:
+            elif todo.kind == "sync":
+                if self._version is None:
+                    raise EngineError(INCOMPLETE)
                 LOG.info("weights of step %d for servers %s", self._version, list(todo.servers))
                 self._examine()
                 self._push(self._calls.weights(), version=self._version)
@@ -265,16 +277,19 @@ class VllmEngine:
                 call = self.fleet.post(server, "/collective_rpc", {"method": "megatron_cppo_describe"})
                 if call.exception() is not None:
                     continue
-                problems = describe_problems(call.result()["results"][0], self._plan, self._model)
-                if problems:
-                    server.why = "; ".join(problems)
-                    self.fleet.drop(server)
+                match call.result():
+                    case {"results": [{**described}, *_]}:
+                        server.why = "; ".join(describe_problems(described, self._plan, self._model))
+                        if server.why:
+                            self.fleet.drop(server)
+                    case other:
+                        self.fleet.fail(server, f"/collective_rpc answered {str(other)[:200]}")
 
-    def _next(self, asked: Any) -> Todo | EngineError | None:
+    def _next(self, asked: Any, *, all_up: bool = False) -> Todo | EngineError | None:
         if self.fleet is None:
             return None
         try:
-            return self.fleet.todo(asked, seconds=BEAT_SECONDS)
+            return self.fleet.todo(asked, seconds=BEAT_SECONDS, all_up=all_up)
         except EngineError as error:
             return error
 
@@ -295,8 +310,11 @@ class VllmEngine:
         dist.all_gather_object(every, mine, group=self._group)
         return {index: text for said in every for index, text in said.items()}
 
-    def _bury(self) -> None:
-        """Tell the fleet of servers whose process is over."""
+    def _bury(self, dropped: Iterable[int]) -> None:
+        """End what is given up, and tell the fleet of servers whose process is over."""
+        for index in dropped:
+            if index in self._processes:
+                self._processes.pop(index).end()
         dead = self._gather({index: why for index, process in self._processes.items() if (why := process.ended())})
         if self.fleet is not None:
             for index, why in dead.items():
@@ -333,7 +351,7 @@ class VllmEngine:
         )
         self._processes[index] = process
         host = self._plan.vllm.host
-        reached = socket.gethostname() if host in ("0.0.0.0", "::") else host
+        reached = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
         LOG.info("server %d starts at %s:%d, log %s", index, reached, process.port, process.log)
         return f"http://{reached}:{process.port}"
 

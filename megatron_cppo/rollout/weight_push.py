@@ -8,27 +8,27 @@ loaded, all caches are empty and it says so itself; until then it is asked nothi
 
 from __future__ import annotations
 
-import base64
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_cppo.rollout.buckets import BUFFERS, Buffers
+from megatron_cppo.rollout.connection import listen_towards
 from megatron_cppo.rollout.engine import EngineError
-from megatron_cppo.rollout.fleet import Fleet, Server
+from megatron_cppo.rollout.fleet import Fleet
+from megatron_cppo.rollout.health import Server
 
-PROTOCOL = 1
+PROTOCOL = 2
 """What a server must say that it speaks; `inside_vllm` says the same."""
 ALIGNMENT = 64
-MEMORY = Path("/dev/shm")
+POLL_SECONDS = 0.0005
 TIMEOUT = timedelta(minutes=2)
 CACHES = ("prefix", "mm", "encoder")
 """Of a server; each of them holds what the old weights made (https://github.com/vllm-project/vllm/issues/44910)."""
@@ -54,87 +54,24 @@ def checked(
         raise EngineError(f"{len(missing)} weights are missing, the first: {sorted(missing)[:4]}; send all in one load")
 
 
-@dataclass(slots=True)
-class Buffers:
-    """Two buffers, and what the servers must be told to find them."""
-
-    raw: tuple[Tensor, Tensor]
-    told: list[Any] = field(default_factory=list)
-    release: Callable[[], None] = lambda: None
-
-
-def _plain(num_bytes: int, device: torch.device) -> Buffers:
-    return Buffers((_bytes(num_bytes, device), _bytes(num_bytes, device)))
-
-
-def _bytes(num_bytes: int, device: torch.device) -> Tensor:
-    return torch.empty(num_bytes, dtype=torch.uint8, device=device)
-
-
-def _shared_memory(num_bytes: int, device: torch.device) -> Buffers:
-    """Files of /dev/shm that only this user reads; their names go as soon as all servers have mapped them."""
-    raw, paths = [], []
-    for _ in range(2):
-        descriptor, path = tempfile.mkstemp(prefix="megatron_cppo_", dir=MEMORY)
-        paths.append(path)
-        try:
-            os.posix_fallocate(descriptor, 0, num_bytes)  # else a full /dev/shm is a SIGBUS later
-        except OSError as error:
-            for made in paths:
-                os.unlink(made)
-            raise EngineError(
-                f"{MEMORY} has no room for two buckets of {num_bytes >> 20} MiB ({error.strerror}); give "
-                "the machine (the container) more shared memory"
-            ) from error
-        finally:
-            os.close(descriptor)
-        raw.append(torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8))
-
-    def release() -> None:
-        for path in paths:
-            os.unlink(path)
-
-    return Buffers((raw[0], raw[1]), [{"path": path, "num_bytes": num_bytes} for path in paths], release)
-
-
-def _of_this_gpu(num_bytes: int, device: torch.device) -> Buffers:
-    """Buffers of this rank's GPU, told by its UUID: a server's worker on the same GPU maps them (CUDA IPC)."""
-    buffers, uuid = _plain(num_bytes, device), str(torch.cuda.get_device_properties(device).uuid)
-    for raw in buffers.raw:
-        handle: list[Any] = [
-            base64.b64encode(part).decode() if isinstance(part, bytes) else part
-            for part in raw.untyped_storage()._share_cuda_()
-        ]
-        buffers.told.append({uuid: handle})
-    return buffers
-
-
-BUFFERS: dict[str, Callable[[int, torch.device], Buffers]] = {
-    "shm": _shared_memory,
-    "ipc": _of_this_gpu,
-    "gloo": _plain,
-    "nccl": _plain,
-}
-
-
 @dataclass(eq=False, slots=True)
 class WeightPush:
-    """Sends the policy's weights to all usable servers. Called by all ranks; the one with the `fleet` speaks to them.
-
-    `group` is the trainer's, `address` where servers find the driver for a broadcast.
+    """Sends the policy's weights to all usable servers. Called by all ranks of `group`; the one with the `fleet` speaks
+    to them. `value_bytes` are those of the widest tensors' numbers.
     """
 
     fleet: Fleet | None
     transport: str
     bucket_bytes: int
     expected: Mapping[str, tuple[int, ...]]
+    value_bytes: int
     device: torch.device
     group: dist.ProcessGroup | None
-    address: str
     num_bytes: int = 0
     """Of the last push."""
     num_buckets: int = 0
-    _targets: list[Server] = field(default_factory=list)
+    _targets: list[tuple[Server, int]] = field(default_factory=list)
+    """Who is sent these weights, and at which of its starts: one that is out and comes back amid them, lacks some."""
     _sent: tuple[list[Future[Any]], list[Future[Any]]] = field(default_factory=lambda: ([], []))
     _buffers: Buffers | None = None
     _broadcast: Any = None
@@ -159,13 +96,23 @@ class WeightPush:
         """Have the servers ready to load. What keeps the driver from it is returned: the others would wait for it."""
         if self.fleet is not None:
             self.fleet.hold()
-            self._targets = self.fleet.usable()
+            self._targets = [(server, server.starts) for server in self.fleet.usable()]
+            # A driver that was killed may have left a load open, which nothing else can end.
+            label = self.fleet.label(-1)
+            open_ = [server for server, _ in self._targets if server.state == "idle"]
+            body = {"weight_version": label}
+            for call in [self.fleet.tries(server, "/finish_weight_update", body) for server in open_]:
+                call.exception()
         try:
             self._meet()
         except EngineError as error:
             return error
         self._all("/start_weight_update")
         return None
+
+    def _still_in(self) -> list[Server]:
+        """The targets that have had everything so far."""
+        return [server for server, start in self._targets if server.usable and server.starts == start]
 
     def _agree(self, error: EngineError | None) -> None:
         """Raise the driver's error on all ranks."""
@@ -177,24 +124,24 @@ class WeightPush:
 
     def _meet(self) -> None:
         """Have buffers that the servers know: made once, and told again when a server is another."""
-        largest = max(torch.Size(shape).numel() for shape in self.expected.values()) * 4
+        largest = max(torch.Size(shape).numel() for shape in self.expected.values()) * self.value_bytes
         makes = self.fleet is not None or self.transport == "ipc"
-        if self.transport == "shm" or self._buffers is None:
-            self._buffers = BUFFERS[self.transport](max(self.bucket_bytes, largest), self.device) if makes else None
+        if self._buffers is None and makes:
+            self._buffers = BUFFERS[self.transport](max(self.bucket_bytes, largest), self.device)
         told = [] if self._buffers is None else self._buffers.told
         if self.transport == "ipc":
             told = self._gathered(told)
-        met = tuple((server.index, server.starts) for server in self._targets)
-        if self.transport == "shm" or (met != self._met and self.transport == "ipc"):
+        met = tuple((server.index, start) for server, start in self._targets)
+        if met == self._met:
+            return
+        self._met = met
+        if self.transport in ("shm", "ipc"):
             self._all("/init_weight_transfer_engine", {"init_info": {"transport": self.transport, "buffers": told}})
-        elif met != self._met and self.fleet is not None and self._targets:
+        elif self._targets:
             try:
                 self._broadcast = self._broadcast_group()
             except (EngineError, RuntimeError) as error:
                 self._break(str(error))
-        self._met = met
-        if self._buffers is not None:
-            self._buffers.release()
 
     def _gathered(self, told: list[Any]) -> list[Any]:
         """The handles of all ranks' buffers, by GPU."""
@@ -207,18 +154,31 @@ class WeightPush:
     def _broadcast_group(self) -> Any:
         """The driver as rank 0, and every worker of every server."""
         assert self.fleet is not None, "the driver alone broadcasts"
-        sizes = [self.fleet.get(server, "/get_world_size").result()["world_size"] for server in self._targets]
+        servers = self._still_in()
+        sizes = [_size(self.fleet.get(server, "/get_world_size").result()) for server in servers]
         world_size = 1 + sum(sizes)
-        store = dist.TCPStore(self.address, 0, world_size, is_master=True, timeout=TIMEOUT, wait_for_workers=False)
+        listener = listen_towards([server.url for server in servers])
+        address, port = listener.getsockname()[:2]
+        store = dist.TCPStore(
+            address,
+            port,
+            world_size,
+            is_master=True,
+            timeout=TIMEOUT,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
         first, meetings = 1, []
-        for server, size in zip(self._targets, sizes, strict=True):
-            info = {"address": self.address, "port": store.port, "world_size": world_size, "first_rank": first}
+        for server, size in zip(servers, sizes, strict=True):
+            info = {"address": address, "port": port, "world_size": world_size, "first_rank": first}
             body = {"init_info": {"transport": self.transport} | info}
             meetings.append(self.fleet.post(server, "/init_weight_transfer_engine", body))
             first += size
         prefixed = dist.PrefixStore("weights", store)
         if self.transport == "nccl":
-            group = dist.ProcessGroupNCCL(prefixed, 0, world_size, dist.ProcessGroupNCCL.Options())
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = TIMEOUT
+            group = dist.ProcessGroupNCCL(prefixed, 0, world_size, options)
         else:
             group = dist.ProcessGroupGloo(prefixed, 0, world_size, TIMEOUT)
         for meeting in meetings:
@@ -234,6 +194,9 @@ class WeightPush:
                 self._flush(which, start, tensors)
                 which, start, tensors = 1 - which, 0, []
                 self._await(which)
+            assert tensor.nbytes <= room or self._buffers is None, (
+                f"{name}: {tensor.nbytes} bytes, a bucket holds {room}"
+            )
             if self._buffers is not None:
                 self._buffers.raw[which][start : start + tensor.nbytes].copy_(_as_bytes(tensor))
             dtype = str(tensor.dtype).removeprefix("torch.")
@@ -250,16 +213,30 @@ class WeightPush:
         self._same_place()
         if self.fleet is None:
             return
-        body = {"update_info": {"buffer": which, "num_bytes": num_bytes, "tensors": tensors}}
-        self._sent[which].extend(self.fleet.post(server, "/update_weights", body) for server in self._targets)
-        if self._broadcast is not None and self._targets:
+        place = {"number": self.num_buckets, "buffer": which, "num_bytes": num_bytes}
+        body = {"update_info": {**place, "tensors": tensors}}
+        self._sent[which].extend(self.fleet.post(server, "/update_weights", body) for server in self._still_in())
+        if self._broadcast is not None and self._still_in():
             assert self._buffers is not None, "the driver has buffers"
             options = dist.BroadcastOptions()
             options.rootRank = options.rootTensor = 0
             try:
-                self._broadcast.broadcast([self._buffers.raw[which][:num_bytes]], options).wait()
+                self._arrives(self._broadcast.broadcast([self._buffers.raw[which][:num_bytes]], options), which)
             except RuntimeError as error:
                 self._break(str(error))
+
+    def _arrives(self, work: Any, which: int) -> None:
+        """Wait for a broadcast, as long as all servers take part. Raises RuntimeError when one does not.
+
+        NCCL's own wait returns before the bytes are there: the next bucket's table could overtake them, and a server
+        that is gone would block the device for good.
+        """
+        while not work.is_completed():
+            for call in self._sent[which]:
+                if call.done() and call.exception() is not None:
+                    raise RuntimeError(str(call.exception()))
+            time.sleep(POLL_SECONDS)
+        work.wait()
 
     def _await(self, which: int) -> None:
         """Until the servers have loaded a buffer, which may then be filled again."""
@@ -283,16 +260,21 @@ class WeightPush:
         self._all("/finish_weight_update", {"weight_version": label})
         for cache in CACHES:
             self._all(f"/reset_{cache}_cache")
-        for server in self._targets:
+        for server in self._still_in():
             told = self._survives(self.fleet.get(server, "/weight_info"))
-            if told is not None and told.get("weight_version") != label:
-                self.fleet.fail(server, f"it has the weights {told}, was sent {label}")
+            if told != {"weight_version": label} and server.usable:
+                self.fleet.fail(server, f"it has the weights {str(told)[:200]}, was sent {label}")
         self._all("/resume")
         self.fleet.version = version
-        for server in self._targets:
-            if server.state != "failed":
-                self.fleet.has(server, version)
+        for server in self._still_in():
+            self.fleet.has(server, version)
         self.fleet.let_go()
+        self._free()
+
+    def _free(self) -> None:
+        """Give memory of the GPU back to the policy until the next load; the servers have let go of it, too."""
+        if self.transport == "ipc":
+            self._buffers, self._met = None, ()
 
     def _abandon(self) -> None:
         """End a load that is not whole, so that another can begin; what a server has now has no version."""
@@ -304,8 +286,9 @@ class WeightPush:
         if self._broadcast is not None:
             self._break("the weights were not all there")
         self._all("/finish_weight_update", {"weight_version": self.fleet.label(-1)})
-        for server in self._targets:
+        for server in self._still_in():
             self.fleet.lacks(server)
+        self._free()
 
     def _break(self, why: str) -> None:
         """Give a broadcast up. It needs all of its servers: whose workers wait for bytes now, must be started again.
@@ -313,18 +296,18 @@ class WeightPush:
         The driver goes on with the weights, which the ranks gather together, and sends them to nobody.
         """
         assert self.fleet is not None, "the driver alone broadcasts"
-        for server in self._targets:
+        for server in self._still_in():
             self.fleet.fail(server, f"the broadcast of weights broke off ({why})")
+        if self.transport == "nccl" and self._broadcast is not None:
+            self._broadcast.abort()  # its kernel would wait on the device for ever
         self._targets, self._broadcast, self._met = [], None, ()
 
     def _all(self, path: str, body: Any = None) -> None:
         """Call a route of all servers that are still in."""
         if self.fleet is None:
             return
-        calls = [self.fleet.post(server, path, body) for server in self._targets if server.state != "failed"]
-        for call in calls:
+        for call in [self.fleet.post(server, path, body) for server in self._still_in()]:
             self._survives(call)
-        self._targets = [server for server in self._targets if server.state != "failed"]
 
     def _survives(self, call: Future[Any]) -> Any:
         """What a call brings; None where its server failed, which is then out by itself."""
@@ -334,6 +317,14 @@ class WeightPush:
             if self._broadcast is not None:
                 self._break(str(error))
             return None
+
+
+def _size(told: Any) -> int:
+    """What a server says that it has workers. Raises EngineError when it says something else."""
+    match told:
+        case {"world_size": int(size)} if size > 0:
+            return size
+    raise EngineError(f"/get_world_size answered {str(told)[:200]}")
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

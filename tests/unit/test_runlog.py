@@ -142,14 +142,6 @@ def test_the_readable_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     assert caplog.messages[2] == "step 2/100  reward 0.412  kl 0.0003  len 15.1 | rollout 0.6 update 0.9 s  eta 2m27s"
 
 
-def test_what_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "megatron_cppo"):
-        for log in (example_log(tmp_path, 10), example_log(tmp_path, 10, rank=1)):
-            for text in ("a", "b", "a"):
-                log.say_once(text)
-    assert caplog.messages == ["a", "b"]
-
-
 def test_a_sample_line_says_everything_with_six_digits(tmp_path: Path) -> None:
     write_run(tmp_path, num_steps=5)
     lines = read_lines(tmp_path / "samples" / "step_000005.jsonl")

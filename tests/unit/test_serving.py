@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ from megatron_cppo.config import (
 )
 from megatron_cppo.data.prompts import PromptSource
 from megatron_cppo.families import read_shape
+from megatron_cppo.rollout.buckets import BUFFERS
 from megatron_cppo.rollout.build import server_plan
+from megatron_cppo.rollout.connection import listen_towards
 from megatron_cppo.rollout.engine import EngineError
 from megatron_cppo.rollout.server import command, describe_problems, server_environment
 from megatron_cppo.rollout.vllm import Slot, slots
@@ -50,6 +53,57 @@ def config(folder: Path, device: Any = "cpu", **vllm: Any) -> Config:
         policy=PolicyConfig(device=device, precision="fp32"),
         vllm=VllmConfig(**vllm),
     )
+
+
+@pytest.mark.parametrize(
+    ("inherited", "gpus", "seen"),
+    [("", (2, 3), "2,3"), ("4,5,6,7", (2, 3), "6,7"), ("MIG-aaaa,MIG-bbbb", (1,), "MIG-bbbb")],
+)
+def test_a_server_sees_the_job_s_own_gpus(inherited: str, gpus: tuple[int, ...], seen: str, folder: Path) -> None:
+    plan = server_plan(config(folder, "cuda"), max_images=1)
+    environment = {"CUDA_VISIBLE_DEVICES": inherited} if inherited else {}
+    assert server_environment(plan, key="k", gpus=gpus, inherited=environment)["CUDA_VISIBLE_DEVICES"] == seen
+
+
+def test_a_server_cannot_have_gpus_that_the_process_does_not_see(folder: Path) -> None:
+    plan = server_plan(config(folder, "cuda"), max_images=1)
+    with pytest.raises(EngineError, match=r"'3' and a server is to have GPUs \[0, 1\]"):
+        server_environment(plan, key="k", gpus=(0, 1), inherited={"CUDA_VISIBLE_DEVICES": "3"})
+
+
+def test_weights_are_broadcast_from_where_the_servers_reach_this_machine() -> None:
+    with listen_towards(["http://127.0.0.1:8000", "http://localhost:8001"]) as listener:
+        assert listener.getsockname()[0] == "127.0.0.1"
+    if mine := own_address():
+        with listen_towards(["http://192.0.2.7:8000"]) as listener:
+            assert listener.getsockname()[0] == mine
+        with pytest.raises(EngineError, match=r"127\.0\.0\.1:8000 is on this machine's loopback, and others are not"):
+            listen_towards(["http://127.0.0.1:8000", "http://192.0.2.7:8000"])
+    with pytest.raises(EngineError, match=r"http://no\.such\.machine\.invalid:8000 cannot be reached"):
+        listen_towards(["http://no.such.machine.invalid:8000"])
+
+
+def own_address() -> str:
+    """Towards an address for documentation, which is routed like any other; "" on a machine without a network."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.7", 8000))
+        except OSError:
+            return ""
+        return probe.getsockname()[0]
+
+
+def test_shared_buffers_have_no_name_and_are_seen_by_both_sides() -> None:
+    buffers = BUFFERS["shm"](4096, torch.device("cpu"))
+    mapped = [torch.from_file(told["path"], shared=True, size=4096, dtype=torch.uint8) for told in buffers.told]
+    for number, raw in enumerate(buffers.raw, 1):
+        raw.fill_(number)
+    assert [int(other.sum()) for other in mapped] == [4096, 2 * 4096]
+    paths = [Path(told["path"]) for told in buffers.told]
+    assert all(path.exists() for path in paths)
+    del buffers, raw
+    assert not any(path.exists() for path in paths)
+    assert [int(other.sum()) for other in mapped] == [4096, 2 * 4096]
 
 
 def test_what_servers_hold_of_a_large_model(tmp_path: Path) -> None:

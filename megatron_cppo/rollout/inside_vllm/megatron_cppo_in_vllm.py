@@ -6,7 +6,8 @@ protocol is `rollout.weight_push`; both say `PROTOCOL`.
 
     init_weight_transfer_engine  {"transport": "gloo" | "nccl", "address", "port", "world_size", "first_rank"}
                                  {"transport": "shm" | "ipc", "buffers": [...]}
-    update_weights, a bucket     {"buffer": 0 | 1, "num_bytes": ..., "tensors": [[name, dtype, shape, first byte], ...]}
+    update_weights, a bucket     {"number": 1, 2, ..., "buffer": 0 | 1, "num_bytes": ...,
+                                  "tensors": [[name, dtype, shape, first byte], ...]}
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-PROTOCOL = 1
+PROTOCOL = 2
 BACKEND = "megatron_cppo"
 TIMEOUT = timedelta(minutes=2)
 
@@ -49,8 +50,9 @@ class Meeting(WeightTransferInitInfo):
 
 @dataclasses.dataclass
 class Bucket(WeightTransferUpdateInfo):
-    """Tensors that lie one after the other in `num_bytes` of a buffer."""
+    """Tensors that lie one after the other in `num_bytes` of a buffer; the buckets of a load have numbers from 1."""
 
+    number: int
     buffer: int
     num_bytes: int
     tensors: list[tuple[str, str, list[int], int]]
@@ -62,10 +64,13 @@ class Receiver(WeightTransferEngine[Meeting, Bucket]):
     init_info_cls, update_info_cls = Meeting, Bucket
     _buffers: Sequence[Tensor] = ()
     _group: Any = None
+    _transport: str = ""
+    _number: int = 0
 
     def init_transfer_engine(self, init_info: Meeting) -> None:
         """Meet the trainer, in place of an earlier meeting."""
         self.shutdown()
+        self._transport = init_info.transport
         self._buffers = [BUFFERS[init_info.transport](told) for told in init_info.buffers]
         if init_info.transport in GROUPS:
             parallel = self.parallel_config
@@ -76,6 +81,7 @@ class Receiver(WeightTransferEngine[Meeting, Bucket]):
 
     def start_weight_update(self) -> None:
         """Let the layers take weights of the checkpoint's form again."""
+        self._number = 0
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -85,7 +91,10 @@ class Receiver(WeightTransferEngine[Meeting, Bucket]):
             torch.cuda.synchronize(self.device)
 
     def receive_weights(self, update_info: Bucket) -> None:
-        """Load one bucket."""
+        """Load one bucket. Raises ValueError when it is not the next one."""
+        self._number += 1
+        if update_info.number != self._number:
+            raise ValueError(f"bucket {update_info.number} came when {self._number} was due")
         if self._group is not None:
             raw = torch.empty(update_info.num_bytes, dtype=torch.uint8, device=self.device)
             broadcast(self._group, raw)
@@ -98,9 +107,14 @@ class Receiver(WeightTransferEngine[Meeting, Bucket]):
         finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type == "cpu":
             repack_tied_weights(self.model)
+        clear_deepstack(self.model)
+        if self._transport == "ipc":  # the trainer takes this memory back
+            self._buffers = ()
 
     def shutdown(self) -> None:
         """Let go of buffers and group."""
+        if self._group is not None and self._transport == "nccl":
+            self._group.abort()
         self._buffers, self._group = (), None
 
     def _tensors(self, raw: Tensor, bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
@@ -126,6 +140,15 @@ def repack_tied_weights(model: torch.nn.Module) -> None:
             seen.add(id(weight))
 
 
+def clear_deepstack(model: torch.nn.Module) -> None:
+    """Work around vLLM 0.32: Qwen3-VL adds these to every token's hidden states, clears them after pictures only, and
+    they are no buffers, so that a server that wakes from a deep sleep would add whatever the memory holds.
+    """
+    for module in model.modules():
+        for features in vars(module).get("deepstack_input_embeds") or ():
+            features.zero_()
+
+
 def meet(backend: str, address: str, port: int, *, rank: int, world_size: int) -> Any:
     """A group beside the process's own ones."""
     store = dist.TCPStore(address, port, world_size, is_master=False, timeout=TIMEOUT)
@@ -137,7 +160,9 @@ def _gloo(store: dist.Store, rank: int, world_size: int) -> Any:
 
 
 def _nccl(store: dist.Store, rank: int, world_size: int) -> Any:
-    return dist.ProcessGroupNCCL(store, rank, world_size, dist.ProcessGroupNCCL.Options())
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = TIMEOUT
+    return dist.ProcessGroupNCCL(store, rank, world_size, options)
 
 
 GROUPS: dict[str, Callable[[dist.Store, int, int], Any]] = {"gloo": _gloo, "nccl": _nccl}
@@ -207,9 +232,12 @@ class RequireKey:
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         """Pass a request on, or answer 401."""
-        if scope["type"] == "http" and scope["path"] != "/health":
+        if scope["type"] in ("http", "websocket") and scope["path"] != "/health":
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, self._expected):
+                if scope["type"] == "websocket":
+                    await send({"type": "websocket.close", "code": 1008})
+                    return
                 await send({"type": "http.response.start", "status": 401, "headers": []})
                 await send({"type": "http.response.body", "body": b"the key is missing or wrong"})
                 return

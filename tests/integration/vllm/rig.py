@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -65,8 +66,10 @@ class World:
         return {name: tensor * (1 + changed) if tensor.dim() > 1 else tensor for name, tensor in read.items()}
 
 
-def make_world(folder: Path, *, tied: bool = True, **servers: Any) -> World:
-    """The demo's task, with a fresh model of this seed; `servers` are fields of ServerPlan."""
+def make_world(
+    folder: Path, *, tied: bool = True, limits: Mapping[str, float] = MappingProxyType({}), **servers: Any
+) -> World:
+    """The demo's task, with a fresh model of this seed; `servers` are fields of ServerPlan, `limits` of its limits."""
     make_model(folder / "model", seed=3, tied=tied)
     paths = make_data(folder, seed=3, num_train=64, num_warm=1, num_evaluation=16)
     config = Config(
@@ -89,6 +92,7 @@ def make_world(folder: Path, *, tied: bool = True, **servers: Any) -> World:
         seed=0,
     )
     plan = replace(server_plan(config, max_images=1), bucket_bytes=2**20, **servers)
+    plan = replace(plan, limits=replace(plan.limits, **limits))
     return World(folder, source, config, plan)
 
 
@@ -107,7 +111,6 @@ def engine(world: World, *, key: str = "") -> Iterator[VllmEngine]:
         banned_ids=words.banned_ids,
         end_ids=words.eos_ids,
         max_images=1,
-        address="127.0.0.1",
         key=key,
         local_rank=0,
         environment=os.environ,

@@ -127,6 +127,24 @@ def test_each_part_of_the_model_is_replaced(part: str, world: rig.World, engine:
     assert rig.Truth(world, world.weights()).gaps(samples).max() >= WRONG
 
 
+def test_a_sync_does_not_wait_for_requests_that_are_on_their_way(
+    world: rig.World, engine: VllmEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They reach the server after it was paused, which keeps them until it goes on."""
+    changed = world.weights(changed=0.1)
+    ticket = engine.submit(world.prompts, samples_per_prompt=4, temperature=1.0)
+    start = time.monotonic()
+    load(engine, world, changed, version=1)
+    seconds = time.monotonic() - start
+    samples = rig.samples_of(engine.collect(ticket))
+    assert not [record for record in caplog.records if "is out" in record.getMessage()]
+    assert seconds < 30, "it was waited for something"
+    assert [len(sample.token_ids) > 0 for sample in samples] == [True] * 32
+    late = [sample for sample in samples if not sample.earlier]
+    assert late, "all were on the server already"
+    assert rig.Truth(world, changed).gaps(late[::4]).max() <= BOUND
+
+
 def test_answers_that_are_cut_by_new_weights_go_on_under_them(world: rig.World, engine: VllmEngine) -> None:
     changed = world.weights(changed=0.2)
     ticket = engine.submit(world.prompts, samples_per_prompt=4, temperature=1.0)

@@ -5,6 +5,7 @@ What was injected, what happened and what was lost is printed as a table (`pytes
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import os
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_cppo import config as configuration
 from megatron_cppo.rollout.engine import EngineError
+from megatron_cppo.rollout.health import LOOK_SECONDS
 from megatron_cppo.rollout.server import ServerProcess
 from megatron_cppo.rollout.vllm import VllmEngine
 from megatron_cppo.serving import SERVER_KEY
@@ -58,7 +61,7 @@ def check(world: rig.World, samples: list[rig.Sample]) -> None:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[rig.World, VllmEngine]]:
-    world = rig.make_world(tmp_path_factory.mktemp("pair"), num_on_cpu=2, hang_seconds=6.0)
+    world = rig.make_world(tmp_path_factory.mktemp("pair"), num_on_cpu=2, limits={"hang_seconds": 6.0})
     with rig.engine(world) as engine:
         yield world, engine
 
@@ -114,11 +117,49 @@ def found_server(world: rig.World, folder: Path) -> Iterator[ServerProcess]:
         server.end()
 
 
-def separate(world: rig.World, url: str, **servers: Any) -> rig.World:
+def separate(world: rig.World, url: str, *, start_seconds: float) -> rig.World:
     """The same, with a server that is found at `url`."""
     config = dataclasses.replace(world.config, vllm=dataclasses.replace(world.config.vllm, addresses=(url,)))
-    plan = dataclasses.replace(world.servers, vllm=config.vllm, transport="gloo", **servers)
+    limits = dataclasses.replace(world.servers.limits, start_seconds=start_seconds)
+    plan = dataclasses.replace(world.servers, vllm=config.vllm, transport="gloo", limits=limits)
     return dataclasses.replace(world, config=config, servers=plan)
+
+
+def post(server: ServerProcess, path: str) -> None:
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{server.port}{path}", headers={"Authorization": f"Bearer {KEY}"}, method="POST"
+    )
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        assert reply.status == 200, path
+
+
+def lose_a_bucket(engine: VllmEngine, world: rig.World, caplog: pytest.LogCaptureFixture) -> None:
+    """A bucket never comes, and the server is found to be well before the others do: it must not count as loaded."""
+    assert engine.fleet is not None
+    connection, states = engine.fleet.connection, []
+    call = connection.call
+
+    async def losing(url: str, **how: Any) -> Any:
+        if url.endswith("/update_weights") and how["body"]["update_info"]["number"] == 2 and not states:
+            states.append("lost")
+            raise EngineError("the connection was lost")
+        if url.endswith("/update_weights") and len(states) == 1:
+            states.append("late")
+            await asyncio.sleep(3 * LOOK_SECONDS)
+        return await call(url, **how)
+
+    connection.call = losing  # type: ignore[method-assign]
+    caplog.clear()
+    start = time.monotonic()
+    changed = world.weights(changed=0.2)
+    world.sent.update(changed)
+    engine.load_weights(iter(changed.items()), version=1)
+    samples = answered(engine, world, lambda: None)
+    check(world, samples)
+    lines = [record.getMessage() for record in caplog.records]
+    assert any("the connection was lost" in line for line in lines), lines
+    assert any("weights of step 1 for servers [0]" in line for line in lines), "it was believed to have all weights"
+    told("a bucket of weights is lost", [line for line in lines if "is out" in line], samples, time.monotonic() - start)
 
 
 def test_a_server_that_answers_garbage_and_one_that_is_gone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -140,7 +181,12 @@ def test_a_server_that_answers_garbage_and_one_that_is_gone(tmp_path: Path, capl
 
             return spoiling
 
+        with pytest.raises(EngineError, match="refuses the run's key") as refused, rig.engine(world, key="another"):
+            pass
+        print(f"| another key | {refused.value} | the run ends before it begins | |")
+        post(server, "/start_weight_update")  # as a driver leaves it that is killed while it sends weights
         with rig.engine(world, key=KEY) as engine:
+            lose_a_bucket(engine, world, caplog)
             ways: dict[str, tuple[Callable[[bytes], bytes], int]] = {
                 "half a reply, twice": (lambda body: body[: len(body) // 2], 2),
                 "other tokens, twice": (lambda body: body.replace(b'"token_ids":[', b'"token_ids":[5,'), 2),
@@ -157,7 +203,7 @@ def test_a_server_that_answers_garbage_and_one_that_is_gone(tmp_path: Path, capl
                 assert any("is out" in line for line in lines) == (times > 3), lines
                 told(name, lines, samples, time.monotonic() - start)
             assert len(spoiled) == 9
-            engine.fleet.start_seconds = 6.0  # type: ignore[union-attr]
+            engine.fleet.limits = dataclasses.replace(engine.fleet.limits, start_seconds=6.0)  # type: ignore[union-attr]
             server.end()
             with pytest.raises(EngineError, match="no vLLM server is left") as gone:
                 answered(engine, world, lambda: None)
@@ -207,7 +253,7 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
 
 
 def test_a_server_that_does_not_come_up_is_given_up_with_its_log(tmp_path: Path) -> None:
-    world = rig.make_world(tmp_path, max_restarts=1)
+    world = rig.make_world(tmp_path, limits={"max_restarts": 1})
     vllm = dataclasses.replace(world.config.vllm, arguments=("--no-such-argument",))
     world = dataclasses.replace(world, servers=dataclasses.replace(world.servers, vllm=vllm))
     with pytest.raises(EngineError, match="no vLLM server is left") as refused, rig.engine(world):
