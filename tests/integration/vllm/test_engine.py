@@ -56,6 +56,11 @@ def short(engine: VllmEngine, world: rig.World, *, temperature: float = 1.0, sal
     return rig.samples_of(engine.generate(world.prompts, samples_per_prompt=4, temperature=temperature, salt=salt))
 
 
+def in_short(gaps: Tensor) -> str:
+    p99 = gaps.kthvalue(math.ceil(0.99 * len(gaps))).values
+    return f"mean {gaps.mean():.1e}, p99 {p99:.1e}, max {gaps.max():.1e}"
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_log_probs_are_those_of_the_distribution_that_was_sampled_from(
     temperature: float, world: rig.World, engine: VllmEngine
@@ -65,7 +70,7 @@ def test_log_probs_are_those_of_the_distribution_that_was_sampled_from(
         (prompt.row, index) for prompt in world.prompts for index in range(4)
     ]
     gaps = rig.Truth(world, world.weights()).gaps(samples, temperature=temperature)
-    print(f"fp32, T={temperature}: {len(gaps)} tokens, mean {gaps.mean():.1e}, max {gaps.max():.1e}")
+    print(f"fp32, T={temperature}: {len(gaps)} tokens, {in_short(gaps)}")
     assert gaps.max() <= BOUND
     assert all(sample.truncated == (len(sample.token_ids) == rig.MAX_RESPONSE_TOKENS) for sample in samples)
     assert len({sample.token_ids for sample in samples}) == len(samples), "two samples are the same"
@@ -85,10 +90,7 @@ def test_in_bf16_engine_and_model_round_otherwise(tmp_path: Path) -> None:
     }
     for name, truth in truths.items():
         gaps = truth.gaps(samples)
-        p99 = gaps.kthvalue(math.ceil(0.99 * len(gaps))).values
-        print(
-            f"engine in bf16, {name}: {len(gaps)} tokens, mean {gaps.mean():.1e}, p99 {p99:.1e}, max {gaps.max():.1e}"
-        )
+        print(f"engine in bf16, {name}: {len(gaps)} tokens, {in_short(gaps)}")
         assert BOUND < gaps.mean() <= MAX_LOGP_GAP["bf16"]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import signal
@@ -153,8 +154,9 @@ def lose_a_bucket(engine: VllmEngine, world: rig.World, caplog: pytest.LogCaptur
     start = time.monotonic()
     changed = world.weights(changed=0.2)
     world.sent.update(changed)
-    engine.load_weights(iter(changed.items()), version=1)
-    samples = answered(engine, world, lambda: None)
+    with caplog.at_level(logging.INFO, "megatron_cppo"):
+        engine.load_weights(iter(changed.items()), version=1)
+        samples = answered(engine, world, lambda: None)
     check(world, samples)
     lines = [record.getMessage() for record in caplog.records]
     assert any("the connection was lost" in line for line in lines), lines
