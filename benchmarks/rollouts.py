@@ -48,7 +48,7 @@ from megatron_cppo.rollout.engine import Engine
 from megatron_cppo.rollout.vllm import VllmEngine
 from megatron_cppo.types import Prompt
 
-ARGUMENTS = ("--no-enable-chunked-prefill", "--max-num-batched-tokens", "32768")
+ARGUMENTS = ("max-num-batched-tokens=32768",)
 Kind = Literal["embedded", "vllm"]
 NUM_PROMPTS, SAMPLES_PER_PROMPT = 32, 8
 

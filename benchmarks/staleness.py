@@ -43,11 +43,10 @@ def _config(folder: Path, name: str, *, seed: int, steps: int, staleness: int, p
     rollout = replace(base.rollout, max_staleness=staleness)
     if not python:
         return replace(base, rollout=rollout)
-    arguments = ("--max-model-len", "128", "--max-num-seqs", "256", "--max-num-batched-tokens", "32768")
     return replace(
         base,
         rollout=replace(rollout, engine="vllm"),
-        vllm=VllmConfig(python=python, arguments=(*arguments, "--no-enable-chunked-prefill")),
+        vllm=VllmConfig(python=python, arguments=("max-num-batched-tokens=32768",)),
     )
 
 

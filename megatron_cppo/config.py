@@ -158,7 +158,8 @@ class VllmConfig:
     host: str = "127.0.0.1"
     """The interface that servers listen on; a run on several machines needs 0.0.0.0. Every route asks for a key."""
     arguments: tuple[str, ...] = ()
-    """More of the servers' command line; --gpu-memory-utilization, for one, is 0.6 if it is not here."""
+    """More of the servers' command line, each `name` or `name=value` of vLLM's, without its dashes:
+    gpu-memory-utilization=0.6, for one, is what holds if it is not here."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

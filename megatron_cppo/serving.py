@@ -5,7 +5,6 @@ Standard library only, like `plan`, which reports these problems with its own.
 
 from __future__ import annotations
 
-import itertools
 import subprocess
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -18,7 +17,7 @@ SERVER_KEY = "MEGATRON_CPPO_VLLM_KEY"
 BUCKET_BYTES = 2**29
 """Of weights on their way to servers; there are two, and each is at least as large as the largest tensor."""
 GPU_SHARE = 0.6
-"""Of a GPU's memory, for an awake server; --gpu-memory-utilization among vllm.arguments is another."""
+"""Of a GPU's memory, for an awake server; gpu-memory-utilization among vllm.arguments is another."""
 OLDEST = (0, 32)
 """The vLLM whose routes and weight transfer this was written for."""
 _ASK_VERSION = (
@@ -70,9 +69,9 @@ def placement(config: Config, shape: ModelShape, *, value_bytes: int) -> Placeme
 
 def gpu_share(config: Config) -> float:
     """The share of a GPU's memory that an awake server may take; GPU_SHARE where vllm.arguments do not say."""
-    words = [word for argument in config.vllm.arguments for word in argument.split("=", 1)]
-    for name, value in itertools.pairwise(words):
-        if name.replace("_", "-") == "--gpu-memory-utilization":
+    for argument in config.vllm.arguments:
+        name, _, value = argument.partition("=")
+        if name.replace("_", "-") == "gpu-memory-utilization":
             return float(value)
     return GPU_SHARE
 
@@ -102,6 +101,12 @@ def problems(config: Config, shape: ModelShape | None) -> list[str]:
     twice = sorted({address for address in vllm.addresses if vllm.addresses.count(address) > 1})
     if twice:
         found.append(f"vllm.addresses: {', '.join(twice)} is named twice; name each server once")
+    found += [
+        f"vllm.arguments: {argument!r} is no name or name=value; write it without dashes and spaces, as "
+        f"gpu-memory-utilization={GPU_SHARE} or no-enable-prefix-caching"
+        for argument in vllm.arguments
+        if argument.startswith("-") or not argument.partition("=")[0].strip() or " " in argument.partition("=")[0]
+    ]
     found += _share_problems(config)
     if config.policy.device == "cuda" and not separate(config):
         if vllm.tensor_parallel > config.trainer.num_gpus:
@@ -138,9 +143,9 @@ def _share_problems(config: Config) -> list[str]:
     try:
         share = gpu_share(config)
     except ValueError as error:
-        return [f"vllm.arguments: --gpu-memory-utilization is no number ({error}); give one like {GPU_SHARE}"]
+        return [f"vllm.arguments: gpu-memory-utilization is no number ({error}); give one like {GPU_SHARE}"]
     if not 0 < share <= 1:
-        return [f"vllm.arguments: --gpu-memory-utilization {share} is outside (0, 1]; give one like {GPU_SHARE}"]
+        return [f"vllm.arguments: gpu-memory-utilization {share} is outside (0, 1]; give one like {GPU_SHARE}"]
     return []
 
 
@@ -153,7 +158,7 @@ def memory_problem(config: Config, placed: Placement, *, gpu_gib: float) -> str:
         f"vllm.tensor_parallel: a server's weights take {placed.weights_gib:.1f} GiB of each of its "
         f"{placed.gpus_per_server} GPUs and one sequence {placed.kv_gib_per_sequence:.2f}, its share of a GPU of "
         f"{gpu_gib:.0f} GiB is {room:.1f} ({gpu_share(config):.0%}); use more GPUs for a server, or raise "
-        "--gpu-memory-utilization in vllm.arguments"
+        "gpu-memory-utilization in vllm.arguments"
     )
 
 

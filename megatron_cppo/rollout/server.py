@@ -89,7 +89,7 @@ def command(plan: ServerPlan, *, port: int, seed: int) -> list[str]:
         flags.append("--enable-sleep-mode")
     for name, value in options.items():
         words += [f"--{name}", str(value)]
-    return [*words, *flags, *vllm.arguments]
+    return [*words, *flags, *(f"--{argument}" for argument in vllm.arguments)]
 
 
 def server_environment(

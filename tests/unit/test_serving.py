@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from examples.digits import make_data, make_model
+from megatron_cppo import config as configuration
 from megatron_cppo import serving
 from megatron_cppo.config import (
     Config,
@@ -34,6 +35,7 @@ from megatron_cppo.rollout.engine import EngineError
 from megatron_cppo.rollout.server import command, describe_problems, server_environment
 from megatron_cppo.rollout.vllm import Slot, slots
 from megatron_cppo.rollout.weight_push import checked
+from megatron_cppo.train import read_config
 from tests.published_models import CONFIGS
 
 
@@ -128,9 +130,7 @@ def test_what_servers_hold_of_a_large_model(tmp_path: Path) -> None:
     placed = serving.placement(narrow, shape, value_bytes=2)
     assert placed is not None
     assert "each of its 2 GPUs" in serving.memory_problem(narrow, placed, gpu_gib=80)
-    raised = dataclasses.replace(
-        narrow, vllm=VllmConfig(tensor_parallel=2, arguments=("--gpu-memory-utilization=0.9",))
-    )
+    raised = dataclasses.replace(narrow, vllm=VllmConfig(tensor_parallel=2, arguments=("gpu-memory-utilization=0.9",)))
     assert serving.memory_problem(raised, placed, gpu_gib=80) == ""
     assert serving.placement(dataclasses.replace(chosen, rollout=RolloutConfig()), shape, value_bytes=2) is None
 
@@ -145,10 +145,13 @@ def test_what_servers_hold_of_a_large_model(tmp_path: Path) -> None:
         ({"addresses": ("http://a:70000",)}, "'http://a:70000' names no port from 1 to 65535"),
         ({"addresses": ("http://a:1", "http://b:1", "http://a:1")}, "http://a:1 is named twice"),
         (
-            {"arguments": ("--gpu-memory-utilization", "much")},
+            {"arguments": ("gpu-memory-utilization=much",)},
             "is no number (could not convert string to float: 'much'",
         ),
-        ({"arguments": ("--gpu-memory-utilization=1.5",)}, "--gpu-memory-utilization 1.5 is outside (0, 1]"),
+        ({"arguments": ("gpu_memory_utilization=1.5",)}, "gpu-memory-utilization 1.5 is outside (0, 1]"),
+        ({"arguments": ("--enforce-eager",)}, "'--enforce-eager' is no name or name=value; write it without dashes"),
+        ({"arguments": ("swap-space 4",)}, "'swap-space 4' is no name or name=value"),
+        ({"arguments": ("=4",)}, "'=4' is no name or name=value"),
         ({"tensor_parallel": 3}, "3 does not divide the model's 4 attention heads"),
     ],
 )
@@ -193,7 +196,7 @@ def test_an_interpreter_without_vllm_is_named(folder: Path, tmp_path: Path) -> N
 
 
 def test_a_server_is_started_for_the_run_and_the_key_is_no_argument(folder: Path) -> None:
-    plan = server_plan(config(folder, arguments=("--swap-space", "1")), max_images=3)
+    plan = server_plan(config(folder, arguments=("swap-space=1",)), max_images=3)
     words = command(plan, port=4321, seed=9)
     options = dict(zip(words, [*words[1:], ""], strict=True))
     assert options["--model"] == str(folder / "model")
@@ -202,7 +205,7 @@ def test_a_server_is_started_for_the_run_and_the_key_is_no_argument(folder: Path
     assert json.loads(options["--limit-mm-per-prompt"]) == {"image": 3, "video": 0}
     assert json.loads(options["--mm-processor-kwargs"]) == {"min_pixels": 3136, "max_pixels": 50_000}
     assert options["--logprobs-mode"] == "processed_logprobs"
-    assert words[-2:] == ["--swap-space", "1"]
+    assert words[-1] == "--swap-space=1"
     inherited = {"RANK": "1", "MASTER_PORT": "1", "HOME": "/h", "PYTHONPATH": "/p"}
     made = server_environment(plan, key="secret", gpus=(), inherited=inherited)
     assert "secret" not in " ".join(words)
@@ -215,6 +218,14 @@ def test_a_server_is_started_for_the_run_and_the_key_is_no_argument(folder: Path
     on_gpus = dataclasses.replace(plan, device="cuda")
     assert server_environment(on_gpus, key="k", gpus=(2, 3), inherited={})["CUDA_VISIBLE_DEVICES"] == "2,3"
     assert "--enable-sleep-mode" in command(on_gpus, port=1, seed=0)
+
+
+def test_the_servers_arguments_are_read_from_a_flag_and_from_a_saved_config(folder: Path, tmp_path: Path) -> None:
+    chosen = ("gpu-memory-utilization=0.5", "enforce-eager")
+    saved = tmp_path / "config.json"
+    configuration.save(config(folder, arguments=chosen), saved)
+    assert read_config(str(saved), []) == config(folder, arguments=chosen)
+    assert read_config(str(saved), ["--vllm.arguments", *chosen[:1]]).vllm.arguments == chosen[:1]
 
 
 def test_servers_share_no_gpu_and_cross_no_machine() -> None:

@@ -256,7 +256,7 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
 
 def test_a_server_that_does_not_come_up_is_given_up_with_its_log(tmp_path: Path) -> None:
     world = rig.make_world(tmp_path, limits={"max_restarts": 1})
-    vllm = dataclasses.replace(world.config.vllm, arguments=("--no-such-argument",))
+    vllm = dataclasses.replace(world.config.vllm, arguments=("no-such-argument",))
     world = dataclasses.replace(world, servers=dataclasses.replace(world.servers, vllm=vllm))
     with pytest.raises(EngineError, match="no vLLM server is left") as refused, rig.engine(world):
         pass
