@@ -49,8 +49,6 @@ BOUNDS: tuple[tuple[str, str, float, float], ...] = (
     ("optimizer", "min_learning_rate", 0, math.inf),
     ("optimizer", "warmup_updates", 0, math.inf),
     ("optimizer", "weight_decay", 0, math.inf),
-    ("optimizer", "beta1", 0, 1 - 1e-9),
-    ("optimizer", "beta2", 0, 1 - 1e-9),
     ("optimizer", "epsilon", 1e-30, math.inf),
     ("data", "max_prompt_tokens", 1, math.inf),
     ("data", "max_image_pixels", 1, math.inf),
@@ -63,13 +61,16 @@ def problems(config: Config) -> list[str]:
     found = [
         f"{section}.{name}: {value} is not a finite number; give one"
         for section, fields in dataclasses.asdict(config).items()
-        for name, value in fields.items()
+        for name, values in fields.items()
+        for value in (values if isinstance(values, tuple) else (values,))
         if isinstance(value, float) and not math.isfinite(value)
     ]
     for section, name, low, high in BOUNDS:
         value = getattr(getattr(config, section), name)
         if math.isfinite(value) and not low <= value <= high:
             found.append(f"{section}.{name}: {value} is outside [{low}, {high}]; use {min(max(value, low), high)}")
+    if not all(0 <= beta < 1 for beta in config.optimizer.betas if math.isfinite(beta)):
+        found.append(f"optimizer.betas: {config.optimizer.betas} must be in [0, 1); (0.9, 0.999) is usual")
     if config.algorithm.dual_clip and config.algorithm.dual_clip <= 1:
         found.append(
             f"algorithm.dual_clip: {config.algorithm.dual_clip} must exceed 1, or be 0 to turn it off; 3.0 is usual"

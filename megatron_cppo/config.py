@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+Precision = Literal["fp32", "bf16", "fp8_delayed", "fp8_tensorwise", "fp8_blockwise", "fp8_mxfp8"]
 Correction = Literal["auto", "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 Preserving = Literal["color_jitter", "perspective", "rotation"]
 Removing = Literal["occlusion", "zoom_crop", "blacken"]
@@ -83,8 +84,8 @@ class AlgorithmConfig:
     """Weight of the policy's entropy bonus."""
     correction: Correction = "auto"
     """Weight each token's policy loss by old policy over engine, of the token or of its whole answer, to make up for an
-    engine that computes otherwise: truncated at the bound, or masked outside of it. auto: token_truncate in bf16, else
-    none."""
+    engine that computes otherwise: truncated at the bound, or masked outside of it. auto: none in fp32, else
+    token_truncate."""
     correction_bound: float = 2.0
     """Largest such weight; masks also drop those below 1 / bound."""
     reward_tolerance: float = 1e-6
@@ -181,8 +182,9 @@ class PolicyConfig:
     empty: the same number on each. Fewer on the first and the last make up for the vision tower and the head."""
     expert_parallel: int = 1
     """Ranks that share the experts of a layer (EP), among those of TP x CP x DP; each expert is then whole on one."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Of parameters and activations; optimizer state and all statistics are fp32."""
+    precision: Precision = "bf16"
+    """Of parameters and activations; all statistics are fp32. fp8_...: parameters in bf16, and the products of the
+    decoder's layers in FP8 by Transformer Engine, scaled by that recipe (docs/fp8.md)."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in backward: attention only, or whole layers."""
     recompute_vision: bool = False
@@ -221,10 +223,10 @@ class OptimizerConfig:
     """Schedule after the warm-up, to the end of the run."""
     weight_decay: float = 0.01
     """Decoupled weight decay (none on biases and norms)."""
-    beta1: float = 0.9
-    """Adam's first moment."""
-    beta2: float = 0.999
-    """Adam's second moment."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """What Adam's first and second moments keep of themselves in an update."""
+    state_precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the two moments; master weights are fp32. bf16 saves 4 bytes a parameter, and needs smaller betas."""
     epsilon: float = 1e-8
     """Adam's epsilon."""
     max_grad_norm: float = 1.0
@@ -335,7 +337,9 @@ def _is(value: object, wanted: Any) -> bool:
     if typing.get_origin(wanted) is Literal:
         return value in typing.get_args(wanted)
     if typing.get_origin(wanted) is tuple:
-        return isinstance(value, tuple) and all(_is(item, typing.get_args(wanted)[0]) for item in value)
+        kind, *rest = typing.get_args(wanted)
+        fits = isinstance(value, tuple) and (Ellipsis in rest or len(value) == 1 + len(rest))
+        return fits and all(_is(item, kind) for item in value)
     if wanted is bool or isinstance(value, bool):
         return wanted is bool and isinstance(value, bool)
     return isinstance(value, (int, float) if wanted is float else wanted)
@@ -345,7 +349,8 @@ def _words(wanted: Any) -> str:
     if typing.get_origin(wanted) is Literal:
         return f"one of {', '.join(map(repr, typing.get_args(wanted)))}"
     if typing.get_origin(wanted) is tuple:
-        return f"a tuple, each item {_words(typing.get_args(wanted)[0])}"
+        kind, *rest = typing.get_args(wanted)
+        return f"a tuple{'' if Ellipsis in rest else f' of {1 + len(rest)}'}, each item {_words(kind)}"
     return {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}[wanted]
 
 

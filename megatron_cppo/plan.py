@@ -13,21 +13,25 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_cppo import bounds, families, layout, serving
+from megatron_cppo import bounds, families, fp8, layout, serving
 from megatron_cppo.architecture import ModelShape
 from megatron_cppo.config import Config, ConfigError, Correction, type_problems
 from megatron_cppo.layout import nearest_divisor
+from megatron_cppo.precision import PRECISIONS
 
-BYTES = {"fp32": 4, "bf16": 2}
 PARQUET = b"PAR1"
 """Begins and ends every parquet file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """GiB per rank, of the stage with the most, that do not depend on the data."""
+    """GiB per rank, of the stage with the most, that do not depend on the data.
+
+    `fp8_copies_gib`: Transformer Engine holds each matrix of the decoder's layers in FP8 too, and its transpose.
+    """
 
     weights_gib: float
+    fp8_copies_gib: float
     gradients_gib: float
     optimizer_gib: float
     reference_device_gib: float
@@ -39,7 +43,8 @@ class Packing:
     """How samples become packed rows, one a microbatch.
 
     Context parallelism cuts each segment into 2 * CP chunks, sequence parallelism a context rank's tokens into TP runs:
-    segments and rows are padded to what can be cut. The interleaved schedule takes rows in multiples of the stages.
+    segments and rows are padded to what can be cut, and rows to what FP8 asks of a rank's tokens. The interleaved
+    schedule takes rows in multiples of the stages.
     `drop_oversized`: a gated sample that no row can hold is left out of the update and counted, instead of refused
     before the run.
     """
@@ -97,6 +102,7 @@ def resolve(config: Config) -> Plan:
     except ConfigError as error:
         problems.append(str(error))
     problems += layout.problems(config, shape) + _batch_problems(config) + bounds.problems(config)
+    problems += fp8.problems(config, shape)
     problems += serving.problems(config, shape) + _debug_problems(config) + _file_problems(config)
     if problems or shape is None:
         raise ConfigError("\n".join(f"  {number}. {text}" for number, text in enumerate(problems, 1)))
@@ -118,7 +124,7 @@ def _derive(config: Config, shape: ModelShape) -> Plan:
         samples_per_step=trainer.prompts_per_step * (1 if supervised else rollout.samples_per_prompt),
         prompts_per_update=trainer.prompts_per_step // trainer.updates_per_step,
         num_updates=trainer.num_steps * trainer.updates_per_step,
-        packing=_packing(config, data_parallel),
+        packing=packing_of(config, data_parallel),
         longest_sample_tokens=longest_sample(config),
         views_in_one_row=_views(config),
         uses_reference=reference,
@@ -126,23 +132,25 @@ def _derive(config: Config, shape: ModelShape) -> Plan:
         correction=_correction(config),
         num_parameters=shape.num_parameters,
         memory=_memory(config, shape, data_parallel, reference),
-        serving=serving.placement(config, shape, value_bytes=BYTES[policy.precision]),
+        serving=serving.placement(config, shape, value_bytes=PRECISIONS[policy.precision].num_bytes),
     )
 
 
 def _correction(config: Config) -> Correction:
     """How the loss makes up for an engine that is not the policy; "auto": in some way where the two may differ."""
-    differ = config.policy.precision == "bf16" or config.rollout.max_staleness > 0
+    differ = PRECISIONS[config.policy.precision].arithmetic != "fp32" or config.rollout.max_staleness > 0
     automatic = "token_truncate" if differ and config.algorithm.objective != "supervised" else "none"
     return automatic if config.algorithm.correction == "auto" else config.algorithm.correction
 
 
-def _packing(config: Config, data_parallel: int) -> Packing:
+def packing_of(config: Config, data_parallel: int) -> Packing:
+    """How samples become packed rows of that many replicas."""
     policy = config.policy
     # A size below one is a problem of its own, named elsewhere.
     context, tensor = max(1, policy.context_parallel), max(1, policy.tensor_parallel)
     segment = 2 * context if context > 1 else 1
-    row = math.lcm(segment, context * (tensor if policy.sequence_parallel else 1))
+    alignment = PRECISIONS[policy.precision].alignment
+    row = math.lcm(segment, alignment * context * (tensor if policy.sequence_parallel else 1))
     return Packing(
         data_parallel=data_parallel,
         max_tokens=policy.max_tokens_per_microbatch // row * row,
@@ -161,25 +169,36 @@ def _views(config: Config) -> int:
 def longest_sample(config: Config, *, views: int = 0) -> int:
     """Tokens of the longest possible sample under all of its views (or `views`); a microbatch must hold it."""
     segment = config.data.max_prompt_tokens + config.rollout.max_response_tokens - 1
-    return (views or _views(config)) * _packing(config, 1).segment_tokens(segment)
+    return (views or _views(config)) * packing_of(config, 1).segment_tokens(segment)
 
 
 def _memory(config: Config, shape: ModelShape, data_parallel: int, reference: bool) -> Memory:
     policy, gib = config.policy, 2**30
     held, trained, experts = _largest_stage(config, shape)
-    weights = held * BYTES[policy.precision] / gib
-    main = 8 if policy.precision == "fp32" else 12
+    precision = PRECISIONS[policy.precision]
+    weights = held * precision.num_bytes / gib
+    masters = 0 if precision.dtype == "float32" else 4
+    main = masters + 2 * (4 if config.optimizer.state_precision == "fp32" else 2)
     copies = data_parallel * policy.context_parallel if policy.distributed_optimizer else 1
     ranks = config.trainer.num_gpus // policy.pipeline_parallel
     expert_copies = ranks // _expert_ranks(config) if policy.distributed_optimizer else 1
     on_device = reference and policy.reference == "device"
     return Memory(
         weights_gib=weights,
+        fp8_copies_gib=2 * _decoder_matrices(config, shape) / gib if precision.recipe else 0.0,
         gradients_gib=trained * 4 / gib,
         optimizer_gib=((trained - experts) / copies + experts / expert_copies) * main / gib,
         reference_device_gib=weights if on_device else 0.0,
         reference_host_gib=weights if reference and not on_device else 0.0,
     )
+
+
+def _decoder_matrices(config: Config, shape: ModelShape) -> float:
+    """The parameters of decoder layers that a rank holds at most."""
+    stages, chunks = config.policy.pipeline_parallel, layout.layers_per_chunk(config.policy, shape.num_layers)
+    experts = shape.num_experts * shape.expert_parameters
+    share = (shape.layer_parameters - experts) / config.policy.tensor_parallel + experts / _expert_ranks(config)
+    return share * max(sum(chunks[stage::stages]) for stage in range(stages))
 
 
 def _expert_ranks(config: Config) -> int:
@@ -218,7 +237,7 @@ def _batch_problems(config: Config) -> list[str]:
             f"trainer.updates_per_step: {trainer.updates_per_step} does not divide prompts_per_step "
             f"{trainer.prompts_per_step}; use {nearest}"
         )
-    packing = _packing(config, 1)
+    packing = packing_of(config, 1)
     views = 1 if config.policy.oversized_samples == "drop" else _views(config)
     needed = longest_sample(config, views=views)
     if packing.max_tokens < needed:

@@ -33,10 +33,8 @@ from megatron_cppo.policy.groups import Groups, expert_tensor_parallel
 from megatron_cppo.policy.layers import decoder_spec, rope_angles, where_rope_looks
 from megatron_cppo.policy.split import Split
 from megatron_cppo.policy.vision import Encoder, Handover, Kept, Pixels
+from megatron_cppo.precision import PRECISIONS
 from megatron_cppo.types import MicroBatch
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 
 _NOT_OVERRIDDEN = ("num_moe", "moe_", "mtp_")
 """Losses and buffers of their own: what they add would be scaled by the cut of the rows, or be in no export."""
@@ -73,7 +71,7 @@ def _parse(text: str) -> object:
 
 def decoder_config(shape: ModelShape, policy: PolicyConfig, *, layers_per_chunk: tuple[int, ...]) -> TransformerConfig:
     """Megatron-Core's config of the decoder, for `policy`'s layout. Nothing but what correctness needs is switched."""
-    dtype = DTYPES[policy.precision]
+    dtype: torch.dtype = getattr(torch, PRECISIONS[policy.precision].dtype)
     recompute = {
         "none": {},
         "selective": {"recompute_granularity": "selective"},

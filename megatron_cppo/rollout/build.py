@@ -17,6 +17,7 @@ from megatron_cppo import serving
 from megatron_cppo.config import Config
 from megatron_cppo.families import inventory
 from megatron_cppo.plan import Plan
+from megatron_cppo.precision import PRECISIONS
 from megatron_cppo.rollout.ends import end_ids as checkpoint_ends
 from megatron_cppo.rollout.engine import Engine, EngineError
 from megatron_cppo.rollout.server import ServerPlan
@@ -27,7 +28,6 @@ from megatron_cppo.rollout.wire import Rules
 from megatron_cppo.types import ImageKey
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +67,7 @@ def _embedded(config: Config, plan: Plan, needs: Needs, group: dist.ProcessGroup
         seed=config.trainer.seed,
         group=group,
         end_ids=needs.end_ids,
-        dtype=DTYPES[config.policy.precision],
+        dtype=getattr(torch, PRECISIONS[config.policy.precision].dtype),
         device=config.policy.device,
         progress=lambda _: needs.beat(),
     )
@@ -126,7 +126,7 @@ def server_plan(config: Config, *, max_images: int) -> ServerPlan:
     return ServerPlan(
         vllm=config.vllm,
         model_path=os.path.abspath(config.model.path),
-        dtype=str(DTYPES[config.policy.precision]).removeprefix("torch."),
+        dtype=PRECISIONS[config.policy.precision].dtype,
         device=config.policy.device,
         max_tokens=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
         max_sequences=config.rollout.max_sequences,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_cppo.algo.objective import OBJECTIVES
 from megatron_cppo.data.packing import build_batch, passes_of
+from megatron_cppo.plan import packing_of
 from megatron_cppo.types import Batch, Group, Sample, SampleStatistics
 from tests.distributed import tiny_model
 
@@ -60,7 +61,7 @@ WORLD = {name: world(name) for name in LAYOUTS}
 class Case:
     """One run: a checkpoint, a layout's fields, the objective's, and how the batch is cut and ordered. `gated` are the
     samples with a positive advantage, by number; None leaves the advantages as they are made. With `scores`, `engine`
-    makes up log-probs of an engine, too."""
+    makes up log-probs of an engine, too. Rows are padded as for the precision `padded_for`."""
 
     folder: str
     fields: dict[str, Any]
@@ -70,6 +71,7 @@ class Case:
     num_updates: int = 1
     gated: tuple[int, ...] | None = None
     engine: bool = False
+    padded_for: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Answer:
     logits: list[Tensor]
     weights: dict[str, Tensor]
     num_rows: int
+    row_tokens: tuple[int, ...]
 
 
 def run_cases(rank: int, world_size: int, cases: dict[str, Case]) -> dict[str, Answer]:
@@ -111,11 +114,12 @@ def run_case(case: Case, world_size: int) -> Answer:
     config = tiny_model.make_config(case.folder, world_size, **case.fields)
     plan = tiny_model.make_plan(config)
     policy = Policy(config, plan, pixels=tiny_model.pixels, banned_ids=tiny_model.BANNED)
+    padded = tiny_model.make_config(case.folder, world_size, **case.fields, policy__precision=case.padded_for)
     batch = build_batch(
         groups_of(case),
         views_for=OBJECTIVES[config.algorithm.objective].views_for,
         num_updates=case.num_updates,
-        packing=plan.packing,
+        packing=packing_of(padded, plan.data_parallel),
         score=True,
         constant_views=config.perception.stop_gradient_views,
         count_masked=config.perception.aggregation == "global",
@@ -135,6 +139,13 @@ def run_case(case: Case, world_size: int) -> Answer:
         logits=logits,
         weights=dict(_copies(policy.weights())),
         num_rows=sum(len(rows) for mini in batch.updates for ranks in passes_of(mini) for rows in ranks),
+        row_tokens=tuple(
+            len(row.token_ids_T)
+            for mini in batch.updates
+            for ranks in passes_of(mini)
+            for rows in ranks
+            for row in rows
+        ),
     )
     process_groups.destroy()
     return answer

@@ -132,10 +132,10 @@ SLOW = (
 )
 """More, with up to eight ranks: `make test-all`."""
 DESCENT: dict[str, Any] = {
-    # Adam with beta1 = 0 and an epsilon far above every gradient is gradient descent, at a rate of one.
+    # Adam with a first beta of 0 and an epsilon far above every gradient is gradient descent, at a rate of one.
     "optimizer__learning_rate": 1e6,
     "optimizer__epsilon": 1e6,
-    "optimizer__beta1": 0.0,
+    "optimizer__betas": (0.0, 0.999),
     "optimizer__weight_decay": 0.0,
     "optimizer__max_grad_norm": 0.0,
     "trainer__num_steps": len(FIRST_ROWS),

@@ -231,7 +231,7 @@ COMMANDS: dict[str, tuple[Break, tuple[str, ...], tuple[str, ...]]] = {
     "flag that is no choice": (
         nothing,
         ("--policy.precision", "fp8"),
-        ("'fp8'", "--policy.precision", "('fp32', 'bf16')"),
+        ("'fp8'", "--policy.precision", "('fp32', 'bf16', 'fp8_delayed', "),
     ),
     "flag without a value": (nothing, ("--data.max_prompt_tokens",), ("--data.max-prompt-tokens", "Expected 1 values")),
     "value out of range": (

@@ -403,6 +403,7 @@ def test_memory_against_a_count_by_hand(good: Config) -> None:
     gib = 2**30
     assert dataclasses.asdict(found.memory) == {
         "weights_gib": pytest.approx(2 * local / gib),
+        "fp8_copies_gib": 0.0,
         "gradients_gib": pytest.approx(4 * local / gib),
         "optimizer_gib": pytest.approx(12 * local / 2 / gib),  # over DP 2
         "reference_device_gib": pytest.approx(2 * local / gib),
@@ -412,6 +413,7 @@ def test_memory_against_a_count_by_hand(good: Config) -> None:
     fp32 = plan.resolve(changed(good, **frozen, policy__precision="fp32")).memory
     assert dataclasses.asdict(fp32) == {
         "weights_gib": pytest.approx(4 * local / gib),
+        "fp8_copies_gib": 0.0,
         "gradients_gib": pytest.approx(4 * language / 2 / gib),
         "optimizer_gib": pytest.approx(8 * language / 2 / gib),  # the weights are the main weights
         "reference_device_gib": 0.0,

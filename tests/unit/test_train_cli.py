@@ -187,6 +187,8 @@ def unusual() -> Config:
             return next(numbers)
         if isinstance(value, str):
             return next(texts)
+        if annotation == "tuple[float, float]":
+            return (next(numbers), next(numbers))
         if annotation.startswith("tuple[int"):
             return (*value, 3, 12345)
         return () if value else ("x=1", "", "a b", "ü")

@@ -1,0 +1,131 @@
+"""Which choices do not go together with FP8, or with an optimizer's state in bf16. Standard library only.
+
+Owns what Megatron-Core 0.16.1 and Transformer Engine would refuse later, or take and get wrong; `plan` reports it. What
+the GPU itself computes in is seen by the ranks (`policy/platform.py`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+from megatron_cppo.architecture import ModelShape
+from megatron_cppo.config import Config, PolicyConfig
+from megatron_cppo.precision import PRECISIONS, Recipe
+
+BF16_RESOLUTION = 2**-8
+"""A change by less than this share of a number may leave it as it was in bf16."""
+AT_START, AT_END = "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"
+_ATTENTION = ("fp8_dot_product_attention", "fp8_multi_head_attention")
+_REMEDY = "pip install 'transformer-engine[pytorch]'"
+
+
+def bf16_ends(policy: PolicyConfig) -> tuple[int, int]:
+    """How many of the first and of the last decoder layers stay in bf16 under an FP8 precision: one each.
+
+    `policy.megatron_overrides` may say otherwise; what is no number counts as one here, and is a problem.
+    """
+    given = {name: text for name, _, text in (pair.partition("=") for pair in policy.megatron_overrides)}
+    start, end = (int(text) if (text := given.get(name, "")).isdecimal() else 1 for name in (AT_START, AT_END))
+    recipe = PRECISIONS[policy.precision].recipe
+    return (start, end) if recipe is not None and recipe.bf16_ends else (0, 0)
+
+
+def problems(config: Config, shape: ModelShape | None) -> list[str]:
+    """Everything in the config that FP8, or reduced optimizer state, does not go together with."""
+    policy, recipe = config.policy, PRECISIONS[config.policy.precision].recipe
+    found = _state_problems(config)
+    if policy.device == "cpu":  # which the layout's rules say computes in fp32
+        return found
+    if recipe is not None and not transformer_engine_installed():
+        found.append(
+            f"policy.precision: {policy.precision} is computed by Transformer Engine, which is not installed; "
+            f"{_REMEDY}, or use bf16"
+        )
+    found += _override_problems(policy, recipe, shape)
+    if recipe is not None and shape is not None:
+        found += _size_problems(policy, recipe, shape)
+    return found
+
+
+def transformer_engine_installed() -> bool:
+    """Whether it could be imported; it is not, as it takes seconds and a GPU's libraries."""
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def _state_problems(config: Config) -> list[str]:
+    policy, optimizer, name = config.policy, config.optimizer, "optimizer.state_precision"
+    if optimizer.state_precision == "fp32":
+        return []
+    found = []
+    if policy.device == "cpu":
+        found.append(f"{name}: bf16 is Transformer Engine's Adam, which needs a GPU; use fp32 with device cpu")
+    elif not transformer_engine_installed():
+        found.append(f"{name}: bf16 is Transformer Engine's Adam, which is not installed; {_REMEDY}, or use fp32")
+    if not policy.distributed_optimizer:
+        found.append(f"{name}: bf16 needs policy.distributed_optimizer; turn it on, or use fp32")
+    if policy.precision == "fp32":
+        found.append(f"{name}: bf16 beside parameters in fp32; use --policy.precision bf16, or fp32 for both")
+    slow = [beta for beta in optimizer.betas if 1 - beta < BF16_RESOLUTION]
+    if slow:
+        found.append(
+            f"{name}: with a beta of {max(slow)} an update changes a moment by less than bf16 resolves, and the moment "
+            f"stays as it is; use betas up to {1 - BF16_RESOLUTION:.3f}, such as 0.9 0.99, or fp32"
+        )
+    return found
+
+
+def _override_problems(policy: PolicyConfig, recipe: Recipe | None, shape: ModelShape | None) -> list[str]:
+    """Of Megatron-Core's fields that are about FP8; `policy/model.py` checks the others, and the names of all."""
+    found, where = [], "policy.megatron_overrides"
+    for name, _, text in (pair.partition("=") for pair in policy.megatron_overrides):
+        if name == "fp8_param":
+            found.append(f"{where}: fp8_param is not supported, parameters stay in bf16; leave it out")
+        elif name in _ATTENTION:
+            found.append(f"{where}: {name} is not supported, attention stays in bf16; leave it out")
+        elif name not in (AT_START, AT_END):
+            continue
+        elif recipe is None:
+            found.append(f"{where}: {name} is about FP8, but policy.precision is {policy.precision}; leave it out")
+        elif not recipe.bf16_ends:
+            found.append(
+                f"{where}: {name}, but {policy.precision} has all layers in FP8 (its scales are exchanged once for "
+                "all); leave it out, or use fp8_tensorwise"
+            )
+        elif not text.isdecimal():
+            found.append(f"{where}: {name} must be a whole number, got {text!r}; write {name}=1")
+        elif shape is not None and int(text) > (most := shape.num_layers // max(1, policy.pipeline_parallel)):
+            found.append(f"{where}: {name}={text} exceeds the {most} layers of a stage; use at most {most}")
+    if found or recipe is None or not recipe.bf16_ends or shape is None:
+        return found
+    start, end = bf16_ends(policy)
+    if start + end >= shape.num_layers:
+        found.append(
+            f"policy.precision: {policy.precision} with {start} first and {end} last layers in bf16 leaves none of the "
+            f"model's {shape.num_layers} in FP8; use bf16, or fewer by {where} {AT_START}=0 {AT_END}=0"
+        )
+    return found
+
+
+def _size_problems(policy: PolicyConfig, recipe: Recipe, shape: ModelShape) -> list[str]:
+    """The dimensions of a rank's matrices that Transformer Engine cannot multiply in FP8."""
+    tensor = policy.tensor_parallel
+    gathered = recipe.gathered_channels if policy.sequence_parallel else recipe.channels
+    # An expert is whole on its rank where the experts are dealt out.
+    ffn_ranks = 1 if shape.num_experts and policy.expert_parallel > 1 else tensor
+    sizes = {
+        "hidden size": (shape.hidden_size, 1, max(gathered, recipe.channels)),
+        "query, key and value channels": (
+            (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_size,
+            tensor,
+            recipe.channels,
+        ),
+        "attention channels": (shape.num_heads * shape.head_size, tensor, recipe.channels),
+        "feed-forward channels": (shape.ffn_size, ffn_ranks, recipe.channels),
+    }
+    return [
+        f"policy.precision: {policy.precision} needs the {name} of a rank in multiples of {multiple}, but they are "
+        f"{size}{f' / {ranks}' if ranks > 1 else ''}; use "
+        + ("a smaller tensor_parallel, or bf16" if size % multiple == 0 and ranks > 1 else "bf16")
+        for name, (size, ranks, multiple) in sizes.items()
+        if ranks > 0 and size % ranks == 0 and (size // ranks) % multiple
+    ]
