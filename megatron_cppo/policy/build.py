@@ -6,6 +6,7 @@ import itertools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -113,19 +114,7 @@ def build(
         )
         for chunk in chunks
     )
-    adam = MegatronOptimizerConfig(
-        optimizer="adam",
-        lr=optimizer.learning_rate,
-        min_lr=optimizer.min_learning_rate,
-        weight_decay=optimizer.weight_decay,
-        adam_beta1=optimizer.betas[0],
-        adam_beta2=optimizer.betas[1],
-        adam_eps=optimizer.epsilon,
-        clip_grad=optimizer.max_grad_norm,
-        bf16=config.bf16,
-        params_dtype=config.params_dtype,
-        use_distributed_optimizer=policy.distributed_optimizer,
-    )
+    adam = MegatronOptimizerConfig(**adam_settings(optimizer, policy, config))
     stepper = get_megatron_optimizer(
         adam,
         list(wrapped),
@@ -148,3 +137,30 @@ def build(
         override_opt_param_scheduler=False,
     )
     return Trained(chunks=chunks, wrapped=wrapped, optimizer=stepper, schedule=schedule)
+
+
+def adam_settings(optimizer: OptimizerConfig, policy: PolicyConfig, config: TransformerConfig) -> dict[str, Any]:
+    """What Megatron-Core's OptimizerConfig is made of. In bf16, the moments are of Transformer Engine's Adam."""
+    settings: dict[str, Any] = {
+        "optimizer": "adam",
+        "lr": optimizer.learning_rate,
+        "min_lr": optimizer.min_learning_rate,
+        "weight_decay": optimizer.weight_decay,
+        "adam_beta1": optimizer.betas[0],
+        "adam_beta2": optimizer.betas[1],
+        "adam_eps": optimizer.epsilon,
+        "clip_grad": optimizer.max_grad_norm,
+        "bf16": config.bf16,
+        "params_dtype": config.params_dtype,
+        "use_distributed_optimizer": policy.distributed_optimizer,
+        "fp8_recipe": config.fp8_recipe if config.fp8 else None,
+    }
+    if optimizer.state_precision == "fp32":
+        return settings
+    return settings | {
+        "use_precision_aware_optimizer": True,
+        "exp_avg_dtype": torch.bfloat16,
+        "exp_avg_sq_dtype": torch.bfloat16,
+        # Else a master weight is the 16 bits that its bf16 weight lacks, and no checkpoint's number.
+        "store_param_remainders": False,
+    }

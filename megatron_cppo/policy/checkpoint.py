@@ -300,9 +300,23 @@ def initialise_adam(trained: Trained) -> None:
     fails to save or load it (IndexError, KeyError).
     """
     for inner in held.inner_optimizers(trained):
+        if inner.config.use_precision_aware_optimizer:
+            _initialise_state_of_two_arguments(inner.optimizer)
+            continue
         inner.init_state_fn(inner.optimizer, inner.config)
         for state in _torch_adam_states(inner):
             state.setdefault("step", torch.zeros(()))
+
+
+def _initialise_state_of_two_arguments(adam: Any) -> None:
+    """Megatron-Core 0.16.1 calls Transformer Engine's `initialize_state` with one argument, of 2.9 to 2.11 it has two.
+
+    The second is whether master weights are kept as remainders, which they are not (`build.adam_settings`).
+    """
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            if not adam.state[parameter]:
+                adam.initialize_state(parameter, False)
 
 
 def restore_adam_steps(trained: Trained) -> None:

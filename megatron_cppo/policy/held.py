@@ -131,7 +131,11 @@ def _owned(inner: Any, parameter: nn.Parameter) -> tuple[int, dict[str, Tensor],
         if parameter not in inner.model_param_group_index_map:
             return None
         owned = inner._get_model_param_range_map(parameter)["param"]
-        return owned.start, inner._get_main_param_and_optimizer_states(parameter), True
+        group, place = inner.model_param_group_index_map[parameter]
+        shard = inner.optimizer.param_groups[group]["params"][place]
+        # The tensors themselves: what Megatron-Core gives of moments in bf16 are copies. Adam may hold the master.
+        state = inner.optimizer.state[shard]
+        return owned.start, {"param": state.get("master_param", shard), **state}, True
     main = getattr(parameter, "main_param", None)
     main = parameter if main is None else main
     if main not in inner.optimizer.state:

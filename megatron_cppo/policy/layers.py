@@ -5,6 +5,7 @@ Legend: T tokens of the packed row, C those of this context rank, f frequency pa
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
+from megatron_cppo.config import ConfigError
 from megatron_cppo.policy.attention import PackedAttention, transformer_engine_attention
 
 
@@ -49,7 +51,8 @@ class DecoderLayer(TransformerLayer):
 def decoder_spec(config: TransformerConfig, num_layers: int, *, kernels: bool) -> TransformerBlockSubmodules:
     """The modules of a stage of `num_layers`: Megatron-Core's local ones, with this package's attention and norms.
 
-    With `kernels` attention is Transformer Engine's; raises ConfigError when it is not installed.
+    With `kernels` attention is Transformer Engine's, and with `config.fp8` the matrices are; raises ConfigError when it
+    is not installed.
     """
     layer: ModuleSpec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts,
@@ -66,7 +69,34 @@ def decoder_spec(config: TransformerConfig, num_layers: int, *, kernels: bool) -
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if config.num_moe_experts:
         _name_norm_as_transformer_engine_does(layer)
+    if config.fp8:
+        place_linears(layer, *transformer_engine_linears())
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+
+
+def place_linears(layer: ModuleSpec, column: type, row: type) -> None:
+    """Let `column` and `row` be the modules of the layer's matrices, its experts' too; not of the router."""
+    attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
+    attention.linear_qkv, attention.linear_proj = column, row
+    experts = getattr(mlp, "experts", None)
+    matrices = mlp if experts is None else experts.submodules
+    matrices.linear_fc1, matrices.linear_fc2 = column, row
+
+
+def transformer_engine_linears() -> tuple[type, type]:
+    """Transformer Engine's column- and row-parallel matrices: parameters are named, cut and reduced as Megatron-Core's.
+
+    Not those that are fused with a norm, whose parameters have other names. Raises ConfigError where it is not
+    installed.
+    """
+    if importlib.util.find_spec("transformer_engine") is None:
+        raise ConfigError(
+            "policy.precision: FP8 is computed by Transformer Engine, which is not installed; "
+            "pip install 'transformer-engine[pytorch]', or use bf16"
+        )
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
+
+    return TEColumnParallelLinear, TERowParallelLinear
 
 
 def _name_norm_as_transformer_engine_does(layer: ModuleSpec) -> None:

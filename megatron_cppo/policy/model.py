@@ -36,8 +36,9 @@ from megatron_cppo.policy.vision import Encoder, Handover, Kept, Pixels
 from megatron_cppo.precision import PRECISIONS
 from megatron_cppo.types import MicroBatch
 
-_NOT_OVERRIDDEN = ("num_moe", "moe_", "mtp_")
-"""Losses and buffers of their own: what they add would be scaled by the cut of the rows, or be in no export."""
+_NOT_OVERRIDDEN = ("num_moe", "moe_", "mtp_", "fp4", "fp8_param")
+"""Losses and buffers of their own, which would be scaled by the cut of the rows, or be in no export; parameters that
+are not what weights are read from and written to."""
 
 
 def _overrides(pairs: tuple[str, ...], taken: dict[str, Any]) -> dict[str, Any]:
@@ -97,6 +98,7 @@ def decoder_config(shape: ModelShape, policy: PolicyConfig, *, layers_per_chunk:
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
+        **_fp8(policy),
         "variable_seq_lengths": True,
         "moe_token_dispatcher_type": "alltoall",  # the default one refuses variable lengths, even without experts
         **_interleaved(policy),
@@ -111,6 +113,20 @@ def decoder_config(shape: ModelShape, policy: PolicyConfig, *, layers_per_chunk:
         **families.part(shape.family, "decoder").settings(shape),
     }
     return TransformerConfig(**settings, **_overrides(policy.megatron_overrides, settings))
+
+
+def _fp8(policy: PolicyConfig) -> dict[str, Any]:
+    """The decoder's layers multiply in FP8, but for the first and the last where the recipe allows it (one each, unless
+    overridden); tower, embedding and head know nothing of it, and attention stays in bf16.
+    """
+    recipe = PRECISIONS[policy.precision].recipe
+    if recipe is None:
+        return {"fp8": None}
+    settings: dict[str, Any] = {"fp8": recipe.format, "fp8_recipe": recipe.name}
+    if recipe.bf16_ends:
+        return settings | {"first_last_layers_bf16": True}
+    # Rows differ: the largest number of many passes, not of the last one alone. Passes without gradient add none.
+    return settings | {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
 
 
 def _interleaved(policy: PolicyConfig) -> dict[str, Any]:

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
+from megatron_cppo.config import UserError
+from megatron_cppo.precision import gpu_problem, usable, version
+
 CPU = torch.device("cpu")
 _active = ""
 
@@ -32,6 +35,26 @@ def activate(device: str) -> torch.device:
             _replace_expert_calls()
         return CPU
     return torch.device("cuda", torch.cuda.current_device())
+
+
+class DeviceError(UserError):
+    """The GPU cannot do what the config asks of it."""
+
+
+def require(precision: str, device: str) -> None:
+    """Refuse a GPU that does not compute in `precision`, before anything takes memory on it.
+
+    Raises DeviceError, which names the GPU and what it does compute in. A CPU is the plan's to refuse.
+    """
+    if device == "cpu":
+        return
+    capability, cuda = torch.cuda.get_device_capability(), version(torch.version.cuda or "")
+    problem = gpu_problem(precision, capability, cuda)
+    if problem:
+        others = ", ".join(usable(capability, cuda))
+        raise DeviceError(
+            f"policy.precision: {precision} on {torch.cuda.get_device_name()} {problem}; use one of {others}"
+        )
 
 
 def backend(device: str) -> str:

@@ -30,6 +30,7 @@ class Policy:
 
     def __init__(self, config: Config, plan: Plan, *, pixels: Pixels, banned_ids: Sequence[int]) -> None:
         device = platform.activate(config.policy.device)
+        platform.require(config.policy.precision, config.policy.device)
         self.groups = groups.make(config.policy, seed=config.trainer.seed)
         self._source = config.model.path
         self.trained = build(

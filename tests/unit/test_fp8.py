@@ -150,7 +150,8 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
     "nothing left in FP8": (
         {"policy__megatron_overrides": ("num_layers_at_start_in_bf16=27",)},
         "policy.precision: fp8_tensorwise with 27 first and 1 last layers in bf16 leaves none of the model's 28 in "
-        "FP8; use bf16, or fewer by policy.megatron_overrides num_layers_at_start_in_bf16=0 num_layers_at_end_in_bf16=0",
+        "FP8; use bf16, or fewer by policy.megatron_overrides num_layers_at_start_in_bf16=0 "
+        "num_layers_at_end_in_bf16=0",
     ),
     "parameters in FP8": (
         {"policy__megatron_overrides": ("fp8_param=true",)},
