@@ -2,7 +2,7 @@
 
     python tools/doctor.py [--device cpu|cuda]
 
-One line per fact, one per problem with its remedy, and a verdict last. Exit status: 0 ready, 1 not ready. The device is
+One line per fact, one per problem with its remedy (and, for what was learned from others, where), and a verdict last. Exit status: 0 ready, 1 not ready. The device is
 the one to train on; without the option, cuda where the machine has an NVIDIA device. Nothing that may be broken is
 imported into this process: each package is tried in an interpreter of its own. Standard library only, because it must
 also work where the installation does not.
@@ -16,9 +16,10 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,9 +40,13 @@ Device = Literal["cpu", "cuda"]
 TORCH_FACTS = """
 import json, torch
 gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+nccl = torch.version.cuda and torch.distributed.is_available() and torch.distributed.is_nccl_available()
+cudnn = torch.backends.cudnn.version() if torch.version.cuda else None
 print(json.dumps({
     "cuda": torch.version.cuda or "",
-    "gpus": [[gpu.name, gpu.total_memory / 2**30, gpu.major] for gpu in gpus],
+    "gpus": [[gpu.name, gpu.total_memory / 2**30, gpu.major, gpu.minor] for gpu in gpus],
+    "nccl": ".".join(map(str, torch.cuda.nccl.version())) if nccl else "",
+    "cudnn": f"{cudnn // 10000}.{cudnn // 100 % 100}.{cudnn % 100}" if cudnn else "",
 }))
 """
 
@@ -56,11 +61,12 @@ class Package:
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One device that torch can use; `capability` is the major compute capability."""
+    """One device that torch can use; `capability` is the major compute capability, `minor` the rest of it."""
 
     name: str
     memory_gib: float
     capability: int
+    minor: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +83,108 @@ class Facts:
     unmet: tuple[tuple[str, str], ...]
     num_cores: int
     memory_gib: float
+    nccl: str = ""
+    cudnn: str = ""
+
+    def version(self, name: str) -> str:
+        """Of a package, or of what comes with torch; "" where there is none."""
+        found = {"nccl": self.nccl, "cudnn": self.cudnn, "cuda": self.cuda}
+        return found[name] if name in found else self.packages.get(name, Package("")).version
+
+
+def anywhere(_: Facts) -> bool:
+    """Where nothing else matters."""
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class KnownBad:
+    """A combination that others have found to fail: `name` from version `since` on and below `before`, `where` the rest
+    of the machine is so. `source` is where it is told."""
+
+    name: str
+    since: str
+    before: str
+    happens: str
+    remedy: str
+    source: str
+    where: Callable[[Facts], bool] = anywhere
+
+
+def _oldest_gpu(facts: Facts) -> tuple[int, int]:
+    return min(((gpu.capability, gpu.minor) for gpu in facts.gpus), default=(0, 0))
+
+
+def _newest_gpu(facts: Facts) -> tuple[int, int]:
+    return max(((gpu.capability, gpu.minor) for gpu in facts.gpus), default=(0, 0))
+
+
+# On a GPU. What does not import says so itself: IMPORT_ERRORS.
+KNOWN_BAD = (
+    KnownBad(
+        *("transformer-engine", "0", "2.9", "Megatron-Core 0.16.1 was made for 2.9 to 2.11"),
+        "pip install 'transformer-engine[pytorch]>=2.9,<2.12'",
+        "pypi.org/project/megatron-core/0.16.1, its requirements",
+    ),
+    KnownBad(
+        *("transformer-engine", "2.12", "99", "Megatron-Core 0.16.1 was made for 2.9 to 2.11"),
+        "pip install 'transformer-engine[pytorch]>=2.9,<2.12'",
+        "pypi.org/project/megatron-core/0.16.1, its requirements",
+    ),
+    KnownBad(
+        *("transformer-engine", "0", "2.18", "gradients of packed attention are wrong on compute capability 12.x"),
+        "train with --policy.attention torch",
+        "github.com/NVIDIA/TransformerEngine/issues/3333",
+        where=lambda facts: _newest_gpu(facts) >= (12, 0),
+    ),
+    KnownBad(
+        *("cudnn", "0", "9.18.1", "it has no backward of packed attention before compute capability 9.0"),
+        "install a newer cuDNN, or train with --policy.attention torch",
+        "github.com/NVIDIA/TransformerEngine/pull/3092",
+        where=lambda facts: (0, 0) < _oldest_gpu(facts) < (9, 0),
+    ),
+    KnownBad(
+        *("cudnn", "0", "9.15", "under torch 2.9 convolutions of images in bf16 take many times the memory and time"),
+        "install cuDNN 9.15 or newer, or torch 2.10",
+        "github.com/pytorch/pytorch/issues/166643 and 174051",
+        where=lambda facts: numbers("2.9") <= numbers(facts.version("torch")) < numbers("2.10"),
+    ),
+    KnownBad(
+        *("nccl", "2.29.2", "2.29.3", "collectives hang"),
+        "install another NCCL",
+        "github.com/pytorch/pytorch/pull/174338",
+        where=lambda facts: len(facts.gpus) > 1,
+    ),
+    KnownBad(
+        *("cuda", "0", "12.8", "it has no kernels for compute capability 10.0 and newer"),
+        "install a torch built for CUDA 12.8 or newer",
+        "github.com/NVIDIA/TransformerEngine, README, requirements",
+        where=lambda facts: _newest_gpu(facts) >= (10, 0),
+    ),
+)
+# (package, words of its error, remedy, source); the first that fits counts.
+IMPORT_ERRORS = (
+    ("torchvision", "", "pip uninstall torchvision", "github.com/pytorch/vision/issues/9085"),
+    ("torchaudio", "", "pip uninstall torchaudio", ""),
+    (
+        *("transformer-engine", "cublasLt"),
+        *("pip install --upgrade nvidia-cublas", "github.com/NVIDIA/TransformerEngine/issues/2504"),
+    ),
+    (
+        *("transformer-engine", ""),
+        "build it for torch {torch} or, to train on the CPU, pip uninstall transformer-engine",
+        "github.com/NVIDIA/TransformerEngine/issues/1684",
+    ),
+)
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """The numbers that a version begins with, without zeros at their end: 2.9.0+cu130 is (2, 9)."""
+    found = re.match(r"\d+(\.\d+)*", version)
+    parts = [int(part) for part in found[0].split(".")] if found else []
+    while parts and parts[-1] == 0:
+        parts.pop()
+    return tuple(parts)
 
 
 def last_line(text: str) -> str:
@@ -151,6 +259,8 @@ def inspect_machine() -> Facts:
         packages=packages,
         cuda=torch_facts["cuda"],
         gpus=tuple(Gpu(*gpu) for gpu in torch_facts["gpus"]),
+        nccl=torch_facts.get("nccl", ""),
+        cudnn=torch_facts.get("cudnn", ""),
         nvidia_device=Path("/dev/nvidiactl").exists(),
         foreign_apex=is_foreign_apex(),
         installed=installed,
@@ -163,7 +273,7 @@ def inspect_machine() -> Facts:
 def problems(facts: Facts, device: Device) -> list[str]:
     """What keeps megatron_cppo from training on the device, each with its remedy."""
     found = [*installation_problems(facts), *combination_problems(facts)]
-    return [*found, *gpu_problems(facts)] if device == "cuda" else found
+    return [*found, *gpu_problems(facts), *known_bad(facts)] if device == "cuda" else found
 
 
 def installation_problems(facts: Facts) -> Iterator[str]:
@@ -186,23 +296,33 @@ def installation_problems(facts: Facts) -> Iterator[str]:
 def combination_problems(facts: Facts) -> Iterator[str]:
     """Packages that each are fine, but not together or not on this machine."""
     torch = facts.packages["torch"]
-    for name in ("torchvision", "torchaudio"):
+    for name in ("torchvision", "torchaudio", "transformer-engine"):
         package = facts.packages[name]
-        if package.error and not torch.error:
-            yield (
-                f"{name} {package.version} does not fit torch {torch.version} ({package.error}), and transformers "
-                f"imports it: pip uninstall {name}"
-            )
+        if not package.error or torch.error:
+            continue
+        remedy, source = next(
+            (remedy, source)
+            for known, words, remedy, source in IMPORT_ERRORS
+            if known == name and words in package.error
+        )
+        imported = ", and transformers imports it" if name.startswith("torch") else ""
+        yield (
+            f"{name} {package.version} does not fit torch {torch.version} ({package.error}){imported}: "
+            + remedy.format(torch=torch.version)
+            + (f" [{source}]" if source else "")
+        )
     if facts.foreign_apex:
         yield "apex is PyPI's package of that name, not NVIDIA's, and Megatron-Core imports it: pip uninstall apex"
     elif facts.packages["apex"].error:
         yield f"apex cannot be imported: {facts.packages['apex'].error}; build it anew or pip uninstall apex"
-    engine = facts.packages["transformer-engine"]
-    if engine.error:
-        yield (
-            f"transformer-engine {engine.version} cannot be imported: {engine.error}; build it for torch "
-            f"{torch.version} or, to train on the CPU, pip uninstall transformer-engine"
-        )
+
+
+def known_bad(facts: Facts) -> Iterator[str]:
+    """The entries of KNOWN_BAD that this machine is one of."""
+    for bad in KNOWN_BAD:
+        version = facts.version(bad.name)
+        if version and numbers(bad.since) <= numbers(version) < numbers(bad.before) and bad.where(facts):
+            yield f"{bad.name} {version}: {bad.happens}; {bad.remedy} [{bad.source}]"
 
 
 def gpu_problems(facts: Facts) -> Iterator[str]:
@@ -216,6 +336,8 @@ def gpu_problems(facts: Facts) -> Iterator[str]:
         yield f"torch {torch.version} (CUDA {facts.cuda}) sees no GPU: compare with the driver's in `nvidia-smi`"
     if not facts.packages["transformer-engine"].version:
         yield "on a GPU the layers are Transformer Engine's, which is not installed: pip install -e '.[gpu]'"
+    if len(facts.gpus) > 1 and not facts.nccl:
+        yield f"torch {torch.version} has no NCCL, by which GPUs exchange: install another build of torch"
     for gpu in facts.gpus:
         if gpu.capability < 8:
             yield f"{gpu.name} has no bf16 (compute capability {gpu.capability}.x): train on a newer GPU"
@@ -226,12 +348,28 @@ def describe(facts: Facts) -> Iterator[tuple[str, str]]:
     yield "python", ".".join(map(str, facts.python))
     for name, package in facts.packages.items():
         yield name, (package.version or "-") + (" (cannot be imported)" if package.error else "")
-    yield "cuda of torch", facts.cuda or "-"
+    for name in ("cuda", "cudnn", "nccl"):
+        yield f"{name} of torch", facts.version(name) or "-"
     yield "cpu", f"{platform.machine()}, {facts.num_cores} cores, {facts.memory_gib:.0f} GiB"
     for index, gpu in enumerate(facts.gpus):
-        yield f"gpu {index}", f"{gpu.name}, {gpu.memory_gib:.0f} GiB"
+        capability = f"compute capability {gpu.capability}.{gpu.minor}"
+        yield f"gpu {index}", f"{gpu.name}, {gpu.memory_gib:.0f} GiB, {capability}: {', '.join(precisions(gpu, facts))}"
     if not facts.gpus:
         yield "gpu", "-"
+
+
+def precisions(gpu: Gpu, facts: Facts) -> list[str]:
+    """What policy.precision can be on this GPU with these packages, from the package's own table."""
+    root = str(Path(__file__).resolve().parents[1])
+    sys.path.insert(0, root)  # it may not be installed; nothing else of the folder is to be found
+    try:
+        from megatron_cppo.precision import usable, version
+    finally:
+        sys.path.remove(root)
+    engine = facts.packages["transformer-engine"]
+    with_fp8 = engine.version and not engine.error
+    found = usable((gpu.capability, gpu.minor), version(facts.cuda))
+    return [name for name in found if with_fp8 or not name.startswith("fp8")]
 
 
 def verdict(facts: Facts, device: Device, found: list[str]) -> str:

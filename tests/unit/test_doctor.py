@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tools.doctor import Device, Facts, Gpu, Package, inspect_package, is_foreign_apex, problems, verdict
+from megatron_cppo.precision import PRECISIONS
+from tools.doctor import (
+    KNOWN_BAD,
+    TORCH_FACTS,
+    Device,
+    Facts,
+    Gpu,
+    Package,
+    describe,
+    inspect_package,
+    is_foreign_apex,
+    numbers,
+    problems,
+    run_python,
+    verdict,
+)
 
 ROOT = Path(__file__).parents[2]
 ABSENT = Package("")
@@ -39,6 +55,14 @@ GPU_BOX = dataclasses.replace(
     cuda="13.0",
     gpus=(Gpu("H200", 139.0, 9),),
     nvidia_device=True,
+    nccl="2.28.9",
+    cudnn="9.19.0",
+)
+L40S, H200, B200, RTX5090 = (
+    Gpu("L40S", 45.0, 8, 9),
+    Gpu("H200", 139.0, 9),
+    Gpu("B200", 180.0, 10),
+    Gpu("5090", 32.0, 12),
 )
 
 
@@ -71,8 +95,14 @@ def test_healthy_machines_are_ready() -> None:
         (
             with_package(GPU_BOX, "transformer-engine", Package("2.9.0", "undefined symbol")),
             "cuda",
-            "build it for torch",
+            "build it for torch 2.13.0",
         ),
+        (
+            with_package(GPU_BOX, "transformer-engine", Package("2.9.0", "undefined symbol: cublasLtGroupedMatrix")),
+            "cuda",
+            "pip install --upgrade nvidia-cublas [github.com/NVIDIA/TransformerEngine/issues/2504]",
+        ),
+        (dataclasses.replace(GPU_BOX, gpus=(H200, H200), nccl=""), "cuda", "has no NCCL"),
         (with_package(GPU_BOX, "transformer-engine", ABSENT), "cuda", "which is not installed"),
         (dataclasses.replace(GPU_BOX, cuda="", gpus=()), "cuda", "it is a CPU build"),
         (dataclasses.replace(GPU_BOX, gpus=()), "cuda", "sees no GPU"),
@@ -113,3 +143,88 @@ def test_this_environment_gets_a_verdict() -> None:
     assert any(line.split() == ["megatron-core", "0.16.1"] for line in lines), done.stdout + done.stderr
     expected = (1, f"not ready for cpu: {len(remedies)} problem(s)") if remedies else (0, "ready for cpu")
     assert (done.returncode, last) == expected, done.stdout + done.stderr
+
+
+BAD: dict[str, tuple[Facts, Facts]] = {
+    "transformer-engine 2.8.1: Megatron-Core 0.16.1 was made for 2.9 to 2.11": (
+        with_package(GPU_BOX, "transformer-engine", Package("2.8.1")),
+        with_package(GPU_BOX, "transformer-engine", Package("2.9")),
+    ),
+    "transformer-engine 2.12.0: Megatron-Core 0.16.1 was made for 2.9 to 2.11": (
+        with_package(GPU_BOX, "transformer-engine", Package("2.12.0")),
+        with_package(GPU_BOX, "transformer-engine", Package("2.11.0")),
+    ),
+    "transformer-engine 2.9.0: gradients of packed attention are wrong": (
+        dataclasses.replace(GPU_BOX, gpus=(RTX5090,)),
+        dataclasses.replace(GPU_BOX, gpus=(B200,)),
+    ),
+    "cudnn 9.18.0: it has no backward of packed attention": (
+        dataclasses.replace(GPU_BOX, gpus=(H200, L40S), cudnn="9.18.0"),
+        dataclasses.replace(GPU_BOX, gpus=(H200, L40S), cudnn="9.18.1"),
+    ),
+    "cudnn 9.13.0: under torch 2.9 convolutions of images in bf16": (
+        with_package(dataclasses.replace(GPU_BOX, cudnn="9.13.0"), "torch", Package("2.9.1+cu128")),
+        with_package(dataclasses.replace(GPU_BOX, cudnn="9.13.0"), "torch", Package("2.10.0+cu128")),
+    ),
+    "nccl 2.29.2: collectives hang": (
+        dataclasses.replace(GPU_BOX, gpus=(H200, H200), nccl="2.29.2"),
+        dataclasses.replace(GPU_BOX, gpus=(H200, H200), nccl="2.29.3"),
+    ),
+    "cuda 12.6: it has no kernels for compute capability 10.0": (
+        dataclasses.replace(GPU_BOX, gpus=(B200,), cuda="12.6"),
+        dataclasses.replace(GPU_BOX, gpus=(B200,), cuda="12.8"),
+    ),
+}
+
+
+@pytest.mark.parametrize("said", BAD)
+def test_each_known_bad_combination_is_named_with_its_source(said: str) -> None:
+    bad, good = BAD[said]
+    (found,) = problems(bad, "cuda")
+    assert found.startswith(said)
+    assert found.endswith("]")
+    assert problems(good, "cuda") == []
+    assert problems(dataclasses.replace(bad, nvidia_device=False, gpus=()), "cpu") == []
+
+
+def test_every_entry_has_a_test_a_remedy_and_a_source() -> None:
+    assert len(BAD) == len(KNOWN_BAD)
+    for entry in KNOWN_BAD:
+        assert any(entry.happens.startswith(said.partition(": ")[2]) for said in BAD)
+        assert entry.remedy
+        assert "." in entry.source.partition("/")[0]
+
+
+def test_versions_are_compared_by_their_numbers() -> None:
+    assert [numbers(text) for text in ("2.9.0+cu130", "9.18.1", "2.12.0.dev0+abc", "13.0", "")] == [
+        (2, 9),
+        (9, 18, 1),
+        (2, 12),
+        (13,),
+        (),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("facts", "wanted"),
+    [
+        (GPU_BOX, "H200, 139 GiB, compute capability 9.0: fp32, bf16, fp8_delayed, fp8_tensorwise, fp8_blockwise"),
+        (dataclasses.replace(GPU_BOX, gpus=(L40S,)), "8.9: fp32, bf16, fp8_delayed, fp8_tensorwise"),
+        (dataclasses.replace(GPU_BOX, gpus=(B200,)), f"10.0: {', '.join(PRECISIONS)}"),
+        (with_package(GPU_BOX, "transformer-engine", ABSENT), "9.0: fp32, bf16"),
+        (with_package(GPU_BOX, "transformer-engine", Package("2.9.0", "undefined symbol")), "9.0: fp32, bf16"),
+    ],
+)
+def test_what_a_gpu_computes_in_is_told(facts: Facts, wanted: str) -> None:
+    lines = dict(describe(facts))
+    assert lines["gpu 0"].endswith(wanted)
+    assert (lines["nccl of torch"], lines["cudnn of torch"]) == ("2.28.9", "9.19.0")
+
+
+def test_the_facts_of_torch_are_read() -> None:
+    output, error = run_python(TORCH_FACTS)
+    assert not error
+    found = json.loads(output)
+    assert found.keys() == {"cuda", "gpus", "nccl", "cudnn"}
+    if not found["cuda"]:
+        assert found == {"cuda": "", "gpus": [], "nccl": "", "cudnn": ""}
