@@ -2,10 +2,10 @@
 
     python tools/doctor.py [--device cpu|cuda]
 
-One line per fact, one per problem with its remedy (and, for what was learned from others, where), and a verdict last. Exit status: 0 ready, 1 not ready. The device is
-the one to train on; without the option, cuda where the machine has an NVIDIA device. Nothing that may be broken is
-imported into this process: each package is tried in an interpreter of its own. Standard library only, because it must
-also work where the installation does not.
+One line per fact, one per problem with its remedy (and, for what was learned from others, where it is told), and a
+verdict last. Exit status: 0 ready, 1 not ready. The device is the one to train on; without the option, cuda where the
+machine has an NVIDIA device. Nothing that may be broken is imported into this process: each package is tried in an
+interpreter of its own. Standard library only, because it must also work where the installation does not.
 """
 
 from __future__ import annotations
@@ -300,11 +300,8 @@ def combination_problems(facts: Facts) -> Iterator[str]:
         package = facts.packages[name]
         if not package.error or torch.error:
             continue
-        remedy, source = next(
-            (remedy, source)
-            for known, words, remedy, source in IMPORT_ERRORS
-            if known == name and words in package.error
-        )
+        fitting = (entry[2:] for entry in IMPORT_ERRORS if entry[0] == name and entry[1] in package.error)
+        remedy, source = next(fitting)
         imported = ", and transformers imports it" if name.startswith("torch") else ""
         yield (
             f"{name} {package.version} does not fit torch {torch.version} ({package.error}){imported}: "

@@ -96,6 +96,52 @@ def scopes(rank: int, world_size: int, folder: str, stages: str) -> dict[str, tu
     return found
 
 
+def first_microbatches(rank: int, world_size: int, folder: str, stages: str) -> list[list[bool]]:
+    """Per pass and row, whether a matrix is told to round its weight to FP8 anew; it forgets that, as the true one."""
+    from megatron_cppo.policy import step
+    from megatron_cppo.policy.policy import Policy
+
+    config = tiny_model.make_config(folder, world_size, **STAGES[stages], policy__max_tokens_per_microbatch=300)
+    plan = tiny_model.make_plan(config)
+    policy = Policy(config, plan, pixels=tiny_model.pixels, banned_ids=tiny_model.BANNED)
+    groups = tiny_model.make_groups(6, 3, vocab_size=VOCAB)
+    batch = build_batch(groups, views_for=OBJECTIVES["cppo"].views_for, num_updates=1, packing=plan.packing, score=True)
+    policy.trained.config.fp8 = "hybrid"
+    told: list[bool] = []
+
+    def see(module: Any, _: Any) -> None:
+        told.append(module.is_first_microbatch)
+        module.is_first_microbatch = False
+
+    matrix: Any = policy.trained.chunks[-1].language_model.decoder.layers[0].mlp.linear_fc2
+    matrix.is_first_microbatch = False
+    matrix.register_forward_pre_hook(see)
+    # No FP8 here: only what the schedule tells is looked at.
+    from megatron.core.transformer import transformer_block
+
+    transformer_block.get_fp8_context = lambda *_, **__: contextlib.nullcontext()
+    passes = []
+    for forward_only in (True, False, True):
+        rows = batch.updates[0].microbatches[policy.groups.data_rank]
+        step.run_rows(policy.trained, rows, _sum_of_logp, head=policy.settings.head, forward_only=forward_only)
+        assert len(told) == len(rows) > 1
+        passes.append(list(told))
+        told.clear()
+    return passes
+
+
+def _sum_of_logp(row: Any, head: Any) -> tuple[torch.Tensor, None]:
+    return head.statistics(row.rows_original_N, row.targets_N)[0].sum(), None
+
+
+@pytest.mark.parametrize("stages", ["one", "two", "two, interleaved"])
+def test_weights_are_rounded_anew_in_every_pass(stages: str, folder: str) -> None:
+    """Once a pass, with its first row: after an update, and when a pass is the reference's, they are others."""
+    num_stages = STAGES[stages].get("policy__pipeline_parallel", 1)
+    for passes in run_distributed(first_microbatches, num_stages, folder, stages):
+        assert all(told[0] and not any(told[1:]) for told in passes), passes
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     path: Path = tmp_path_factory.mktemp("hf")
