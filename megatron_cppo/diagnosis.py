@@ -49,7 +49,10 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Where one rank stands. `stack` is what faulthandler wrote, `note` says why there is none."""
+    """Where one rank stands. `stack` is what faulthandler wrote, `note` says why there is none.
+
+    One that is `done` and has `left` saved after a step, as it was told: the run is not at its end.
+    """
 
     rank: int
     step: int
@@ -60,6 +63,7 @@ class Standing:
     stack: str
     note: str
     done: bool
+    left: bool = False
 
 
 Frame = tuple[str, str, str]

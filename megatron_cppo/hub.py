@@ -69,7 +69,8 @@ class Hub:
         if "standing" in message:
             standing = Standing(**message["standing"])
             self._heard[standing.rank] = (standing, time.monotonic())
-            if standing.done:
+            # Those that left end together: a scheduler takes a first status that is not 0 as the end of all.
+            if standing.done and not standing.left:
                 peer.send({"end": dataclasses.asdict(End(0, -1, "done"))})
         elif "answer" in message:
             standing = Standing(**message["answer"])

@@ -27,7 +27,7 @@ from megatron_cppo.hub import Hub
 from megatron_cppo.link import Link, Message, Peer, open_server, port_of
 from megatron_cppo.progress import duration
 from megatron_cppo.ranks import RankProcess, adopted_orphans, children, end_ranks, start_rank
-from megatron_cppo.watchdog import STACKS_SECONDS, gather_stacks
+from megatron_cppo.watchdog import LEFT, STACKS_SECONDS, gather_stacks
 
 GRACE_SECONDS = 10.0
 """Between asking a rank to end and killing it."""
@@ -73,11 +73,12 @@ def run_ranks(
     hang_minutes: float = 0.0,
     task: Task | None = None,
 ) -> int:
-    """Run `command` as ranks 0 ... num_ranks - 1, or as `task.rank` alone; returns 0, or the cause's exit status.
+    """Run `command` as ranks 0 ... num_ranks - 1, or as `task.rank` alone; returns 0, LEFT, or the cause's exit status.
 
     When one rank fails, all are ended, and its last words are the last that is printed; when none has made progress
     for `hang_minutes` (0: never looked at), every rank's stacks and who is to blame. Both are kept in `log_dir`. When
     this process is told to end, or dies, the ranks end too. SIGUSR1 shows every rank's stacks, and the run goes on.
+    SIGUSR2 to any of a run's launchers has all ranks save after their step and leave; all launchers then return LEFT.
     To be called from the main thread. Raises LaunchError.
     """
     launcher = _Launcher(command, num_ranks, environment, log_dir, 60 * hang_minutes, task)
@@ -86,6 +87,7 @@ def run_ranks(
         signal.SIGINT: signal.getsignal(signal.SIGINT),
         signal.SIGTERM: signal.signal(signal.SIGTERM, _told),
         signal.SIGUSR1: signal.signal(signal.SIGUSR1, lambda *_: launcher.show_stacks_soon()),
+        signal.SIGUSR2: signal.signal(signal.SIGUSR2, lambda *_: launcher.leave_soon()),
     }
     try:
         with adopted_orphans():
@@ -135,7 +137,7 @@ class _Launcher:
         self._failed_at: float | None = None
         self._end: End | None = None
         self._has_told = False
-        self._shows_stacks = False
+        self._shows_stacks = self._leaves = False
         self._reported = self._asked = self._started = time.monotonic()
         self._strangers = children()
 
@@ -169,6 +171,10 @@ class _Launcher:
     def show_stacks_soon(self) -> None:
         """Ask for every rank's stacks; from a signal handler."""
         self._shows_stacks = True
+
+    def leave_soon(self) -> None:
+        """Have the ranks leave after their step; from a signal handler, any number of times."""
+        self._leaves = True
 
     def close(self) -> None:
         """End what is still running, whatever happened."""
@@ -248,6 +254,8 @@ class _Launcher:
     def _look(self) -> None:
         """Note what this launcher's own ranks did."""
         for rank in self._ranks:
+            if self._leaves:  # the ranks of other launchers hear of it from this one, when all agree
+                rank.watched.tell_to_leave()
             self._shows_stacks |= not rank.over and rank.watched.was_signalled()
             if not rank.look():
                 continue
@@ -297,7 +305,8 @@ class _Launcher:
                 End(1, -1, f"{count}, the first is {missing[0]}, did not start in {duration(ARRIVAL_SECONDS)}")
             )
         elif not missing and all(standing.done for standing in standings):
-            self._end = End(0, -1, "done")
+            left = any(standing.left for standing in standings)
+            self._end_all(End(LEFT, -1, "left after a step, as told") if left else End(0, -1, "done"))
         elif self._shows_stacks:
             self._shows_stacks = False
             self._tell(diagnosis.report(self._asked_standings()), "stacks.txt")
@@ -351,7 +360,7 @@ class _Launcher:
             signal.signal(number, signal.SIG_IGN)
         self._end = end
         self._end_ranks(everything=end.status != 0)
-        if end.status == 0:
+        if end.status in (0, LEFT):
             return
         for rank in self._ranks:
             if rank.failure is None and rank.rank != end.rank:

@@ -16,6 +16,7 @@ from megatron_cppo.data.damage import sound_prompts
 from megatron_cppo.data.packing import build_batch, rows_per_rank, scoring_rows
 from megatron_cppo.evaluate import Evaluation
 from megatron_cppo.plan import Plan
+from megatron_cppo.policy.agreement import on_any_rank
 from megatron_cppo.rewards.scoring import describe
 from megatron_cppo.rollout.engine import Engine
 from megatron_cppo.runlog import RunLog, StepRecord
@@ -35,6 +36,10 @@ LOG = logging.getLogger("megatron_cppo")
 
 class NonFiniteError(UserError):
     """Too many updates in a row were skipped, as their loss or gradient was not finite."""
+
+
+class Left(Exception):
+    """The run was told to leave, on some rank: all have saved the step that they were in, and closed the log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,20 +288,29 @@ def _numbers(scores: tuple[Tensor, ...] | None) -> Scores:
 
 
 def after(run: Run, step: int, batch: Batch, in_a_row: int) -> None:
-    """What follows a step when it is due: keep its samples, evaluate, save (last, so that nothing due is lost)."""
-    trainer = run.config.trainer
+    """What follows a step when it is due: keep its samples, evaluate, save (last, so that nothing due is lost).
+
+    Raises Left, on all ranks, when the launcher of one was told so (SIGUSR2) and there are steps left.
+    """
+    trainer, group = run.config.trainer, run.policy.groups.world
+    last = step == trainer.num_steps
     if _due(step, trainer.keep_samples_every_steps):
         run.log.samples(step, batch.samples, run.policy.statistics())
     if _evaluates(run, step):
         _evaluate(run, step)
     _finish_save(run, step, wait=False)
-    if step == trainer.num_steps or _due(step, trainer.save_every_steps):
-        _save(run, step, {"skipped_in_a_row": in_a_row})
+    leaves = not last and on_any_rank(run.log.watch.is_told_to_leave(), device=run.policy.trained.device, group=group)
+    if last or leaves or _due(step, trainer.save_every_steps):
+        _save(run, step, {"skipped_in_a_row": in_a_row}, background=trainer.save_in_background and not (last or leaves))
+    if leaves:
+        LOG.info("left after step %d of %d, as told; the same command goes on", step, trainer.num_steps)
+        run.log.close("left")
+        raise Left
 
 
-def _save(run: Run, step: int, progress: dict[str, Any]) -> None:
-    """Save a checkpoint; all but the last one while the run goes on."""
-    trainer, last = run.config.trainer, step == run.config.trainer.num_steps
+def _save(run: Run, step: int, progress: dict[str, Any], *, background: bool) -> None:
+    """Save a checkpoint, in the `background` while the run goes on."""
+    trainer = run.config.trainer
     _finish_save(run, step, wait=True)
     with _saves(run, step), run.log.phase("save", 1) as advance:
         run.policy.save(
@@ -305,7 +319,7 @@ def _save(run: Run, step: int, progress: dict[str, Any]) -> None:
             progress=progress,
             keep=trainer.keep_checkpoints,
             keep_every=trainer.keep_every_steps,
-            background=trainer.save_in_background and not last,
+            background=background,
         )
         advance(1)
 

@@ -22,7 +22,7 @@ from typing import NoReturn
 
 from megatron_cppo import diagnosis
 from megatron_cppo.diagnosis import Failure, Standing
-from megatron_cppo.watchdog import State, Watched
+from megatron_cppo.watchdog import LEFT, State, Watched
 
 WATCH = "MEGATRON_CPPO_WATCH"
 """Environment of a rank: its files, for `watchdog.attach`."""
@@ -53,10 +53,15 @@ def leave(status: int) -> NoReturn:
 
 
 def _before_rank() -> None:
-    """In a new rank: Ctrl-C is the launcher's to hear, and SIGUSR1 means nothing before it attaches."""
+    """In a new rank: Ctrl-C is the launcher's to hear, and SIGUSR1 means nothing before it attaches.
+
+    SIGUSR2 never does, nor to what the rank starts: a scheduler sends it to every process, and launchers pass it on
+    (`Watched.tell_to_leave`).
+    """
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
@@ -90,6 +95,7 @@ class RankProcess:
     state: State
     changed: float
     over: bool = False
+    left: bool = False
     failure: Failure | None = None
 
     def look(self) -> bool:
@@ -108,6 +114,8 @@ class RankProcess:
             status = 2 if words["kind"] == "user" else 1
             text, summary = str(words["text"]), f"rank {self.rank} failed: {words['summary']}"
             self.failure = Failure(self.rank, str(words["kind"]), float(words["time"]), summary, text, status)
+        elif returncode == LEFT:
+            self.left = True
         elif returncode:
             kind, text, status = diagnosis.exit_text(self.rank, returncode)
             crash = self.watched.crash()
@@ -126,7 +134,10 @@ class RankProcess:
         idle = time.monotonic() - self.changed
         done = self.over and self.failure is None
         return Standing(
-            self.rank, state.step, state.phase, state.entered, idle, state.main_thread, stack, note=note, done=done
+            *(self.rank, state.step, state.phase, state.entered, idle, state.main_thread, stack),
+            note=note,
+            done=done,
+            left=self.left,
         )
 
 

@@ -241,9 +241,9 @@ class RunLog:
             if int(path.stem.removeprefix("step_")) > step:
                 path.unlink()
 
-    def close(self) -> None:
-        """Say that the run is done, and finish the curves of TensorBoard and W&B; the files need no closing."""
-        self._status(self._last_step, "done")
+    def close(self, phase: str = "done") -> None:
+        """Say that the run is done (or how else it ends), and finish TensorBoard's and W&B's curves."""
+        self._status(self._last_step, phase)
         if self._lock is not None:
             self._lock.close()
         if self._tensorboard is not None:

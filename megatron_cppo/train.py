@@ -5,7 +5,8 @@
 RECIPE is a Python file with a function config() -> Config, or the config.json of an earlier run. Any field can be
 overridden. --check prints the config, the plan and every problem, and starts nothing. Without a scheduler's RANK in
 the environment, all ranks are started on this machine. When a rank fails, all end, and why is the last that is printed;
-when they hang, every rank's stacks are; logs/ in the run folder keeps both. `kill -USR1` shows the stacks meanwhile.
+when they hang, every rank's stacks are; logs/ in the run folder keeps both. `kill -USR1` shows the stacks meanwhile;
+after `kill -USR2` the run saves at the end of its step and leaves with status 75: the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ TIMEOUT = timedelta(minutes=30)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status: 0, 2 for a mistake of the user, else what a failing rank returned."""
+    """The command line. Returns the exit status: 0, 2 for a mistake of the user, 75 for a run that left as it was told,
+    else what a failing rank returned."""
     # A rank, and not the process that starts it; from here on its launcher sees it, and prints what it raises.
     watch = watchdog.attach(os.environ[ranks.WATCH]) if ranks.WATCH in os.environ else None
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -208,11 +210,12 @@ def refuse_differing(config: Config) -> None:
 
 
 def run_rank(config: Config, plan: Plan, watch: Watch) -> int:
-    """One rank, from its environment to the end of its loop. Raises UserError."""
+    """One rank, from its environment to the end of its loop; returns its exit status. Raises UserError."""
     import torch
     import torch.distributed as dist
 
     from megatron_cppo.assembly import build_run
+    from megatron_cppo.loop import Left
     from megatron_cppo.loop_async import loop_of
     from megatron_cppo.policy import platform
 
@@ -229,14 +232,18 @@ def run_rank(config: Config, plan: Plan, watch: Watch) -> int:
     )
     refuse_differing(config)
     watch.enter(0, "build")
+    status = 0
     # Not to be undone after an error: the other ranks may be in a collective, and closing would wait for them.
     if config.debug.replay:
         _replay(config, plan, watch)
     else:
-        with build_run(config, plan, os.environ, watch=watch) as run:
-            loop_of(config)(run)
+        try:
+            with build_run(config, plan, os.environ, watch=watch) as run:
+                loop_of(config)(run)
+        except Left:
+            status = watchdog.LEFT
     dist.destroy_process_group()
-    return 0
+    return status
 
 
 def _replay(config: Config, plan: Plan, watch: Watch) -> None:

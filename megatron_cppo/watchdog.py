@@ -1,9 +1,10 @@
-"""What a rank lets its launcher see: how far it is, where it stands, and its last words.
+"""What a rank lets its launcher see: how far it is, where it stands, and its last words. And whether it is to leave.
 
 Owns the three small files that the two share. The launcher makes them without a name, a rank inherits them open, so
 nothing is left behind. They need nothing of the rank while it works: marking progress is a store to shared memory, and
 the stacks are written by a signal handler in C, so they come also from a rank that holds the interpreter's lock or is
-blocked in a collective. Must not know what becomes of a rank that fails (`launch`) nor who is to blame (`diagnosis`).
+blocked in a collective. A rank is told to leave by a word in that memory, which it may not even have opened yet.
+Must not know what becomes of a rank that fails (`launch`) nor who is to blame (`diagnosis`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ from types import TracebackType
 
 # Phases entered, marks, step, the main thread's number (0: not attached yet), the phase's name.
 _STATE = struct.Struct("@qqqQ48s")
+# Behind it, from the launcher to the rank: whether to leave.
+_LEAVE = struct.Struct("@q")
+_SIZE = _STATE.size + _LEAVE.size
+LEFT = 75
+"""Exit status of a rank that left after a step, as it was told (EX_TEMPFAIL: the same command goes on)."""
 _FATAL = "Fatal Python error"
 STACKS_SECONDS = 5.0
 """A rank that has not written its stacks by then, does not: it is stopped, or stuck in the kernel."""
@@ -46,7 +52,7 @@ class Watch:
     """A rank's own side; without a launcher it marks what nobody reads."""
 
     def __init__(self, memory: mmap.mmap | None = None, words: int | None = None) -> None:
-        self._memory = mmap.mmap(-1, _STATE.size) if memory is None else memory
+        self._memory = mmap.mmap(-1, _SIZE) if memory is None else memory
         self._words = words
         self._entered = self._marks = self._step = self._main_thread = 0
         self._phase = b"start"
@@ -61,6 +67,10 @@ class Watch:
         """Say that work is being done; cheap enough for every token."""
         self._marks += 1
         self._store()
+
+    def is_told_to_leave(self) -> bool:
+        """Whether the launcher wants this rank to save after its step, and to end with the status LEFT."""
+        return bool(_LEAVE.unpack_from(self._memory, _STATE.size)[0])
 
     def say(self, error: BaseException, *, kind: str) -> None:
         """Leave the last words: `kind` "user" for a mistake of the user, "error", or "communication" for an echo."""
@@ -97,7 +107,7 @@ def attach(descriptors: str) -> Watch:
     state, stacks, words = (int(number) for number in descriptors.split(","))
     for descriptor in (state, stacks, words):
         os.set_inheritable(descriptor, False)
-    watch = Watch(mmap.mmap(state, _STATE.size), words)
+    watch = Watch(mmap.mmap(state, _SIZE), words)
     watch.answer_signals(stacks)
     sys.excepthook = watch.end_with_words
     return watch
@@ -120,8 +130,8 @@ class Watched:
         self._state = tempfile.TemporaryFile()  # noqa: SIM115
         self._stacks = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
         self._words = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
-        self._state.truncate(_STATE.size)
-        self._memory = mmap.mmap(self._state.fileno(), _STATE.size, access=mmap.ACCESS_READ)
+        self._state.truncate(_SIZE)
+        self._memory = mmap.mmap(self._state.fileno(), _SIZE)
         self._read = 0
 
     @property
@@ -133,6 +143,10 @@ class Watched:
         """How far the rank is."""
         entered, marks, step, main_thread, phase = _STATE.unpack_from(self._memory, 0)
         return State(entered, marks, step, main_thread, phase.rstrip(b"\0").decode(errors="replace") or "start")
+
+    def tell_to_leave(self) -> None:
+        """Want it to leave; may be said before the rank attaches, and again."""
+        _LEAVE.pack_into(self._memory, _STATE.size, 1)
 
     def words(self) -> dict[str, str | float] | None:
         """The last words, once they are whole."""

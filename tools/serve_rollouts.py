@@ -43,6 +43,7 @@ def main() -> int:
         sys.stderr.write(f"{SERVER_KEY} is not set; give the servers and the run the same key\n")
         return 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # a scheduler's word to the trainer, which a whole job may get
     servers: list[ServerProcess] = []
     try:
         config = read_config(chosen.recipe, flags)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from megatron_cppo.config import UserError
@@ -29,6 +30,13 @@ def together(work: Callable[[], T], folder: Path, error: Callable[[list[str]], U
     if failed:
         raise error(failed)
     return [result for result, _ in every]
+
+
+def on_any_rank(mine: bool, *, device: torch.device, group: dist.ProcessGroup) -> bool:
+    """Whether `mine` is true on some rank of `group`: one number, reduced. Called by all of them."""
+    some = torch.tensor(int(mine), device=device)
+    dist.all_reduce(some, op=dist.ReduceOp.MAX, group=group)
+    return bool(some)
 
 
 def everywhere(mine: Any, group: dist.ProcessGroup | None = None) -> list[Any]:

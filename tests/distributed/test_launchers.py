@@ -221,6 +221,24 @@ def test_sigusr1_shows_all_stacks_and_the_run_goes_on(to_rank: bool, scheduled: 
     ]
 
 
+@BOTH
+def test_all_launchers_leave_together_when_one_is_told(scheduled: bool, run: Started) -> None:
+    """A scheduler takes the first status that is not 0 as the end of all: none may come before the last rank's."""
+    told = "while not (watch.is_told_to_leave() or (folder / 'told').exists()): time.sleep(0.01)\n"
+    slow = "if rank == 0: time.sleep(2); (folder / 'slow').touch()\n"
+    run.start(f"{told}(folder / 'told').touch()\n{slow}sys.exit(watchdog.LEFT)", scheduled=scheduled)
+    rank = run.pids()[1]
+    os.kill(rank, signal.SIGUSR2)  # nothing to a rank, which ignores it
+    time.sleep(0.3)
+    assert not (run.folder / "told").exists()
+    for _ in range(2):
+        run.launchers[-1].send_signal(signal.SIGUSR2)
+    run.launchers[-1].wait(END_SECONDS)
+    assert (run.folder / "slow").exists(), "it did not wait for the other one"
+    assert run.statuses() == [75] * len(run.launchers)
+    assert run.said == [""] * len(run.launchers)
+
+
 @pytest.mark.parametrize(
     ("does", "scheduled"),
     [(HOLD_INTERPRETER, True), ("os.read(os.pipe()[0], 1)", False)],

@@ -8,6 +8,8 @@ import dataclasses
 import json
 import multiprocessing
 import re
+import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,6 +205,21 @@ def test_an_engine_that_kept_its_weights_is_caught(runs: Runs) -> None:
     for rank in runs.ranks:
         assert "step 2: the check of the engine against the policy failed" in rank["stale"][1]
     assert [line["step"] for line in without_rollout(runs.folder("stale"))] == [0, 1]
+
+
+def test_a_run_that_leaves_trains_on_every_prompt_once(runs: Runs) -> None:
+    """What is in flight when it is told (SIGUSR2) is submitted again by the next start."""
+    launcher, run = runs.launcher, runs.folder("left")
+    process = launcher.start("left")
+    while not (run / "metrics.jsonl").exists():
+        assert process.poll() is None, launcher.said("left")
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR2)
+    assert process.wait(300) == 75, launcher.said("left")
+    (left,) = re.findall(r"left after step (\d+) of", launcher.said("left"))
+    assert launcher.finish("left") == 0, launcher.said("left")
+    assert f"step_{int(left):06d}" in launcher.said("left"), "resumed from there"
+    assert prompts(run) == prompts(runs.folder("sync"))
 
 
 def test_a_killed_run_trains_on_every_prompt_once(runs: Runs) -> None:
