@@ -10,14 +10,15 @@ BIN := .venv/bin
 # moved clone are noticed too.
 STAMP := .venv/made-from-$(firstword $(shell (pwd; cat requirements.lock setup.py) | cksum))
 
-.PHONY: help demo test test-all test-vllm check clean
+.PHONY: help demo test test-all test-vllm test-slurm check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo    train a small vision-language model with CPPO on this CPU'
-	@echo 'make test    every test that needs no vLLM (PYTEST_ARGS="-k name -x")'
+	@echo 'make test    every test that needs neither vLLM nor Slurm (PYTEST_ARGS="-k name -x")'
 	@echo 'make test-all  also layouts of six and eight processes, and more of four (about 10 minutes more)'
 	@echo 'make test-vllm  the rollout engine against real vLLM servers on this CPU (some minutes, 3 GB on first use)'
+	@echo 'make test-slurm  the scripts of slurm/ in a real Slurm on this machine (as root; minutes; its install.sh first)'
 	@echo 'make check   style, types, layers and architecture'
 	@echo 'make clean   remove the environment and the caches; runs/ is kept'
 	@echo
@@ -31,7 +32,7 @@ demo: $(STAMP)
 # One thread a process: the distributed tests run several at once.
 test test-all: export OMP_NUM_THREADS ?= 1
 # What needs programs beside this environment has a target of its own.
-OTHER_TIERS := --ignore=tests/integration/vllm
+OTHER_TIERS := --ignore=tests/integration/vllm --ignore=tests/integration/slurm
 test: $(STAMP)
 	$(BIN)/python -m pytest $(OTHER_TIERS) $(PYTEST_ARGS)
 
@@ -52,6 +53,11 @@ $(VLLM)/made:
 test-vllm: export OMP_NUM_THREADS ?= 1
 test-vllm: $(STAMP) $(VLLM)/made
 	$(BIN)/python -m pytest tests/integration/vllm $(PYTEST_ARGS)
+
+# Alone, as it waits for the machine's own time limits and dead nodes.
+test-slurm: export OMP_NUM_THREADS ?= 1
+test-slurm: $(STAMP)
+	$(BIN)/python -m pytest tests/integration/slurm $(PYTEST_ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

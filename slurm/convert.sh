@@ -48,7 +48,7 @@ checks=""
 for flag in "$@"; do if [[ $flag == --check ]]; then checks=yes; else words+=("$flag"); fi; done
 if [[ $checks ]]; then
   printf '# asked of sbatch\n%s\n\n# step\n%s\n\n' "$(grep '^#SBATCH' "$0")" "${step[*]@Q} ${words[*]@Q}"
-  [[ ! $CONTAINER_IMAGE || ${SLURM_JOB_ID:-} ]] || { echo "what it takes is not asked here: sbatch with --check"; exit; }
+  [[ ! $CONTAINER_IMAGE || ${SLURM_JOB_ID:-} ]] || { echo "asked in the container alone: sbatch --check"; exit; }
   where=()
   [[ -z ${SLURM_JOB_ID:-} ]] || where=("${step[@]}")
   cd "$ROOT"
@@ -58,7 +58,7 @@ fi
 
 # shellcheck disable=SC2317 # called by the trap
 requeue() {
-  ((life + 1 < MAX_LIVES)) || { say "this is life $MAX_LIVES of $MAX_LIVES: the end comes with the time limit"; return; }
+  ((life + 1 < MAX_LIVES)) || { say "this is life $MAX_LIVES of $MAX_LIVES: the time limit ends it"; return; }
   say "requeued before the time limit"
   scontrol requeue "$SLURM_JOB_ID"
 }
