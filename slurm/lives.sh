@@ -102,7 +102,7 @@ on_time_limit() {
   [[ $trainer ]] || return 0
   say "asked to leave: the trainer finishes its step, and saves"
   # srun passes it on to all processes of its step. Again, as one that only just starts may not have heard.
-  (while kill -USR2 "$trainer" 2> /dev/null; do sleep 60; done) &
+  (while kill -USR2 "$trainer" 2> /dev/null; do sleep 5; done) &
 }
 
 live() { # [--check] FLAGS...

@@ -112,7 +112,7 @@ def config():
 
 
 def test_lives_that_hang(jobs: Jobs, scenario: None) -> None:
-    """a rank hangs in every life, at its start | stacks and suspects are shown, requeued, the end after MAX_STALLED_LIVES=2"""
+    """a rank hangs at the start of each life | all stacks are shown, requeued, the end after MAX_STALLED_LIVES=2"""
     recipe = jobs.inputs / "hanging.py"
     recipe.write_text(HANGING.format(recipe=str(jobs.inputs / "recipe.json")))
     flags = ("--trainer.hang_minutes", "0.3")
