@@ -128,10 +128,6 @@ class Fleet:
         """Call a route of one server; a failure fails the server, and is raised as EngineError by the future."""
         return self.connection.begin(self._call(server, path, method="POST", body=body, query=query))
 
-    def tries(self, server: Server, path: str, body: Any = None) -> Future[Any]:
-        """Call a route that may well refuse: then the future raises EngineError, and the server stays in."""
-        return self.connection.begin(self.connection.call(f"{server.url}{path}", method="POST", body=body))
-
     def get(self, server: Server, path: str) -> Future[Any]:
         """Read a route of one server, like `post`."""
         return self.connection.begin(self._call(server, path, method="GET"))

@@ -97,12 +97,11 @@ class WeightPush:
         if self.fleet is not None:
             self.fleet.hold()
             self._targets = [(server, server.starts) for server in self.fleet.usable()]
-            # A driver that was killed may have left a load open, which nothing else can end.
-            label = self.fleet.label(-1)
-            open_ = [server for server, _ in self._targets if server.state == "idle"]
-            body = {"weight_version": label}
-            for call in [self.fleet.tries(server, "/finish_weight_update", body) for server in open_]:
-                call.exception()
+            # A driver that was killed may have left a load open, which no route can end without knowing of it.
+            new = [server for server in self._still_in() if server.state == "idle"]
+            body = {"method": "megatron_cppo_end_load"}
+            for call in [self.fleet.post(server, "/collective_rpc", body) for server in new]:
+                self._survives(call)
         try:
             self._meet()
         except EngineError as error:

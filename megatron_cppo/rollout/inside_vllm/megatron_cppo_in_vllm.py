@@ -219,6 +219,12 @@ class Extension:
             "transfer": worker.vllm_config.weight_transfer_config.backend,
         }
 
+    def megatron_cppo_end_load(self) -> None:
+        """End a load that another driver has left open; vLLM's own call is an error where there is none."""
+        worker: Any = self
+        if worker._weight_update_active:
+            worker.finish_weight_update()
+
 
 class RequireKey:
     """Named by --middleware: every route but /health asks for the key of VLLM_API_KEY.
