@@ -42,7 +42,7 @@ prepare() { # FLAGS...: the commands, as arrays, and what all tasks have in thei
     --container-workdir="$ROOT" --no-container-mount-home)
   # One task a rank. Its numbers are expanded in it, not here; a signal to all processes must not end a shell, or a
   # Python that does not listen yet; and the first failing task says why: --kill-on-bad-exit makes 143 of the rest.
-  local as_rank='trap "" USR2; export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
+  local as_rank='trap "" USR1 USR2; export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
     "$@" && exit; status=$?; (set -o noclobber; echo $status > "$FIRST_STATUS") 2> /dev/null; exit $status'
   local ranks=("${step[@]}" --nodes="$train_nodes" --relative=0 --ntasks=$((train_nodes * tasks))
     --ntasks-per-node="$tasks" --kill-on-bad-exit=1 --wait=0 --label bash -c "$as_rank" rank)
