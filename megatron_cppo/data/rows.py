@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -87,7 +88,7 @@ def usable(row: Row, *, supervised: bool) -> Row:
 
 
 class Rows:
-    """The rows of several parquet files, one after the other; images are read when their row is."""
+    """The rows of several parquet files, one after the other; images are read when their row is, by any thread."""
 
     def __init__(self, files: Sequence[str | Path]) -> None:
         if not files:
@@ -109,7 +110,8 @@ class Rows:
         number, local = self._locate(index)
         file = self._files[number]
         group, offset = file.locate(local)
-        table = self._groups.get((number, group), lambda: file.read_group(group))
+        with file.one_reader:
+            table = self._groups.get((number, group), lambda: file.read_group(group))
         with _reading(file.path):
             record = table.slice(offset, 1).to_pylist()[0]
         return file.row(record, index)
@@ -132,6 +134,8 @@ class _ParquetRows:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.one_reader = threading.Lock()
+        """pyarrow's reader of a file has state of its own, which two threads would take from each other."""
         with _reading(path):
             self._parquet = pq.ParquetFile(path, memory_map=True)
             schema = self._parquet.schema_arrow

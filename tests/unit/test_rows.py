@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,19 @@ def test_verl_rows_read_at_random_equal_the_stream(tmp_path: Path) -> None:
         rows[13]
     with pytest.raises(IndexError):
         rows[-1]
+
+
+def test_threads_read_rows_at_random(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for one row group, so that every thread reads the file all the time."""
+    monkeypatch.setattr(rows_module, "CACHED_GROUP_BYTES", 1)
+    count = 64
+    records = [verl_record(i, images=[{"bytes": bytes([i]) * 100_000, "path": None}]) for i in range(count)]
+    rows = Rows([write(tmp_path / "rows.parquet", records, row_group_size=32)])
+    wanted = [int(i) for i in np.random.default_rng(0).integers(count, size=1000)]
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda index: rows[index], wanted))
+    assert [row.index for row in found] == wanted
+    assert all(row.images == (bytes([row.index]) * 100_000,) for row in found)
 
 
 def test_easyr1_rows(tmp_path: Path) -> None:
