@@ -91,8 +91,9 @@ class Plan:
     serving: serving.Placement | None
 
 
-def resolve(config: Config) -> Plan:
-    """Derive the plan of `config`. Raises one ConfigError that lists every problem."""
+def resolve(config: Config, *, files: bool = True) -> Plan:
+    """Derive the plan of `config`. Raises one ConfigError that lists every problem; without `files` none of data files
+    and folders, which a plan does not depend on."""
     problems = type_problems(config)
     if problems:  # nothing can be compared
         raise ConfigError("\n".join(f"  {number}. {text}" for number, text in enumerate(problems, 1)))
@@ -102,8 +103,9 @@ def resolve(config: Config) -> Plan:
     except ConfigError as error:
         problems.append(str(error))
     problems += layout.problems(config, shape) + _batch_problems(config) + bounds.problems(config)
-    problems += fp8.problems(config, shape)
-    problems += serving.problems(config, shape) + _debug_problems(config) + _file_problems(config)
+    problems += fp8.problems(config, shape) + serving.problems(config, shape)
+    if files:
+        problems += _debug_problems(config) + _file_problems(config)
     if problems or shape is None:
         raise ConfigError("\n".join(f"  {number}. {text}" for number, text in enumerate(problems, 1)))
     return _derive(config, shape)

@@ -1,12 +1,14 @@
 """Train a vision-language model from a recipe.
 
-    python -m megatron_cppo.train RECIPE [--section.field VALUE ...] [--check]
+    python -m megatron_cppo.train RECIPE [--section.field VALUE ...] [--check [--measure [--gpu-gib 80]]]
 
 RECIPE is a Python file with a function config() -> Config, or the config.json of an earlier run. Any field can be
-overridden. --check prints the config, the plan and every problem, and starts nothing. Without a scheduler's RANK in
-the environment, all ranks are started on this machine. When a rank fails, all end, and why is the last that is printed;
-when they hang, every rank's stacks are; logs/ in the run folder keeps both. `kill -USR1` shows the stacks meanwhile;
-after `kill -USR2` the run saves at the end of its step and leaves with status 75: the same command goes on from there.
+overridden. --check prints the config, the plan and every problem, and starts nothing; with --measure, what a GPU of
+each stage will hold: the run's own code on fake tensors, for which a folder with the model's config.json is enough.
+Without a scheduler's RANK in the environment, all ranks are started on this machine. When a rank fails, all end, and
+why is the last that is printed; when they hang, every rank's stacks are; logs/ in the run folder keeps both.
+`kill -USR1` shows the stacks meanwhile; after `kill -USR2` the run saves at the end of its step and leaves with status
+75: the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 USER_ERROR = 2
 PROGRAM = "python -m megatron_cppo.train RECIPE"
 TIMEOUT = timedelta(minutes=30)
+GPU_GIB, H100_GIB = "--gpu-gib", 80.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,15 +49,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A rank, and not the process that starts it; from here on its launcher sees it, and prints what it raises.
     watch = watchdog.attach(os.environ[ranks.WATCH]) if ranks.WATCH in os.environ else None
     words = list(sys.argv[1:] if arguments is None else arguments)
-    check = "--check" in words
-    words = [word for word in words if word != "--check"]
+    asked = {word for word in words if word in ("--check", "--measure")}
+    words = [word for word in words if word not in asked]
     if not words or words[0] in ("-h", "--help"):
         _show_help(words)
         return 0 if words else USER_ERROR
     try:
+        words, gpu_gib = _gpu_gib(words, asked)
         config = read_config(words[0], words[1:])
+        if "--measure" in asked:
+            return _measure(config, gpu_gib)
         plan = check_all(config)
-        if check:
+        if asked:
             _show(config, plan)
             return 0
         return _launch(words, config, plan) if watch is None else run_rank(config, plan, watch)
@@ -63,6 +70,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             watch.say(error, kind="user")
         return USER_ERROR
+
+
+def _gpu_gib(words: list[str], asked: Set[str]) -> tuple[list[str], float]:
+    """The words without --gpu-gib, and its value. Raises ConfigError where it, or --measure, stands alone."""
+    if "--measure" in asked and "--check" not in asked:
+        raise ConfigError("--measure: adds to --check, and starts nothing; give both")
+    if GPU_GIB not in words:
+        return words, H100_GIB
+    if "--measure" not in asked:
+        raise ConfigError(f"{GPU_GIB}: is what --check --measure compares with; give all three, or leave it out")
+    place = words.index(GPU_GIB)
+    value = words[place + 1] if place + 1 < len(words) else ""
+    try:
+        found = float(value)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < math.inf:
+        raise ConfigError(f"{GPU_GIB}: must be GiB of memory of one GPU, got {value!r}; for example {GPU_GIB} 80")
+    return words[:place] + words[place + 2 :], found
+
+
+def _measure(config: Config, gpu_gib: float) -> int:
+    """Show what each stage holds, and then what the run still lacks; 2 where a stage does not fit."""
+    plan, lacking = resolve(config, files=False), ""
+    try:
+        check_all(config)
+    except ConfigError as error:
+        lacking = f"before this can run:\n{error}\n"
+    from megatron_cppo.rehearsal import rehearse
+
+    quiet_libraries(logging.NullHandler())
+    table, fits = rehearse(config, plan, gpu_gib=gpu_gib)
+    sys.stdout.write(f"memory\n{table}\n{lacking}")
+    return 0 if fits else USER_ERROR
 
 
 def _launch(words: Sequence[str], config: Config, plan: Plan) -> int:

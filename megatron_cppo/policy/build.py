@@ -83,8 +83,23 @@ def build(
     device: torch.device,
 ) -> Trained:
     """Build this rank's chunks, load the checkpoint into them, and make their optimizer. Called by all ranks."""
+    chunks = make_chunks(plan, model=model, policy=policy, pixels=pixels, groups=groups, device=device)
+    weights.load(chunks, model.path)
+    return make_trained(plan, chunks, policy=policy, optimizer=optimizer)
+
+
+def make_chunks(
+    plan: Plan,
+    *,
+    model: ModelConfig,
+    policy: PolicyConfig,
+    pixels: Pixels,
+    groups: Groups,
+    device: torch.device,
+) -> tuple[VisionLanguageModel, ...]:
+    """This rank's chunks, with uninitialised weights. Called by all ranks."""
     config = decoder_config(plan.shape, policy, layers_per_chunk=plan.layers_per_chunk)
-    chunks = tuple(
+    return tuple(
         VisionLanguageModel(
             plan.shape,
             config=config,
@@ -99,7 +114,13 @@ def build(
         )
         for number in range(policy.virtual_pipeline)
     )
-    weights.load(chunks, model.path)
+
+
+def make_trained(
+    plan: Plan, chunks: tuple[VisionLanguageModel, ...], *, policy: PolicyConfig, optimizer: OptimizerConfig
+) -> Trained:
+    """The gradient buffers, optimizer and schedule of chunks whose weights are there. Called by all ranks."""
+    config, groups = chunks[0].config, chunks[0].groups
     wrapped = tuple(
         DistributedDataParallel(
             config,

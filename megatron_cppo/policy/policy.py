@@ -43,18 +43,7 @@ class Policy:
             device=device,
         )
         self.trained.config.finalize_model_grads_func = step.finalize_gradients(self.groups)
-        self.settings = step.LossSettings(
-            objective=OBJECTIVES[config.algorithm.objective],
-            algorithm=dataclasses.replace(config.algorithm, correction=plan.correction),
-            perception=config.perception,
-            max_response_tokens=config.rollout.max_response_tokens,
-            head=HeadSettings(
-                # Sampling's temperature belongs to sampled answers; a supervised response has none.
-                temperature=1.0 if config.algorithm.objective == "supervised" else config.rollout.temperature,
-                banned_ids=tuple(banned_ids),
-                backend=config.policy.head_backend,
-            ),
-        )
+        self.settings = loss_settings(config, plan, banned_ids)
         on_host = config.policy.reference == "host"
         self._reference = Reference(self.trained.parameters(), on_host=on_host) if plan.uses_reference else None
         self._save: checkpoint.Unpublished | None = None
@@ -177,6 +166,22 @@ class Policy:
         The newest `keep` are verified (None: all).
         """
         return checkpoint.load(self.trained, folder, keep=keep)
+
+
+def loss_settings(config: Config, plan: Plan, banned_ids: Sequence[int]) -> step.LossSettings:
+    """What the loss of `config` needs beside a batch; sampling may not produce `banned_ids`."""
+    return step.LossSettings(
+        objective=OBJECTIVES[config.algorithm.objective],
+        algorithm=dataclasses.replace(config.algorithm, correction=plan.correction),
+        perception=config.perception,
+        max_response_tokens=config.rollout.max_response_tokens,
+        head=HeadSettings(
+            # Sampling's temperature belongs to sampled answers; a supervised response has none.
+            temperature=1.0 if config.algorithm.objective == "supervised" else config.rollout.temperature,
+            banned_ids=tuple(banned_ids),
+            backend=config.policy.head_backend,
+        ),
+    )
 
 
 def _main_gradient(parameter: Any) -> Tensor:

@@ -165,18 +165,25 @@ def gradients(
     memory = _constant_views(trained, mini, settings, advance)
     counts = _counts(trained, batch, mini, settings, memory, advance)
 
-    def contribution(row: MicroBatch, head: Head) -> tuple[Tensor, Seen]:
-        tokens = response_tokens(row, batch, trained.device, corrected=settings.algorithm.correction != "none")
+    for wrapped in trained.wrapped:
+        wrapped.zero_grad_buffer()
+    trained.optimizer.zero_grad()
+    rows = mini.microbatches[groups.data_rank]
+    function = contribution(trained.device, batch, counts, settings)
+    return run_rows(trained, rows, function, head=settings.head, forward_only=False, memory=memory, advance=advance)
+
+
+def contribution(device: torch.device, batch: Batch, counts: Counts, settings: LossSettings) -> RowFunction:
+    """What a row adds to the loss, as a function of the row and its head; what it keeps is `Seen`."""
+
+    def of_row(row: MicroBatch, head: Head) -> tuple[Tensor, Seen]:
+        tokens = response_tokens(row, batch, device, corrected=settings.algorithm.correction != "none")
         outcome = settings.objective.loss(tokens, head, counts, settings.algorithm, settings.perception)
         _add_engine_gap(row, batch, tokens, outcome)
         loss, outcome.loss = outcome.loss, outcome.loss.detach()  # what is kept must not keep the graph
         return loss, (row, outcome)
 
-    for wrapped in trained.wrapped:
-        wrapped.zero_grad_buffer()
-    trained.optimizer.zero_grad()
-    rows = mini.microbatches[groups.data_rank]
-    return run_rows(trained, rows, contribution, head=settings.head, forward_only=False, memory=memory, advance=advance)
+    return of_row
 
 
 def _constant_views(

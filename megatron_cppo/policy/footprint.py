@@ -1,0 +1,181 @@
+"""What one rank of a stage holds while it trains: the policy's own modules, buffers and passes, with bytes counted.
+
+Runs on whatever tensors there are, true ones or fake ones (`fake.py`). Knows nothing of GPUs, engines or allowances,
+and of schedules only that a row's backward comes after its forward; `sizing.py` says what comes of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_cppo.algo.objective import Counts
+from megatron_cppo.config import Config
+from megatron_cppo.plan import Plan
+from megatron_cppo.policy import build, step
+from megatron_cppo.policy.allocations import Allocations
+from megatron_cppo.policy.checkpoint import initialise_adam
+from megatron_cppo.policy.groups import Groups
+from megatron_cppo.policy.head import Head, HeadSettings, Remembered
+from megatron_cppo.policy.policy import loss_settings
+from megatron_cppo.policy.reference import Reference
+from megatron_cppo.policy.vision import Pixels
+from megatron_cppo.sizing import ChunkBytes, StageBytes
+from megatron_cppo.types import Batch, MicroBatch
+
+CPU = torch.device("cpu")
+
+
+def measure(config: Config, plan: Plan, batches: Iterable[Batch], groups: Groups, pixels: Pixels) -> StageBytes:
+    """Build this rank's part, and run the first row of each batch forward and backward through each of its chunks.
+
+    Of the rows that one counts whose backward needs the most. Nothing is loaded: weights are what memory held.
+    """
+    started, allocations = time.monotonic(), Allocations()
+    with allocations:
+        with allocations.span() as built:
+            trained = _build(config, plan, groups, pixels)
+        with allocations.span() as reference:
+            other = Reference(trained.parameters(), on_host=False) if _on_device(config, plan) else None
+        runs = [passes(config, plan, batch, trained, allocations) for batch in batches]
+        with allocations.span() as reduction:
+            step.finalize_gradients(groups)(list(trained.wrapped))
+    del other
+    parameters = distinct_bytes(_held(trained.chunks))
+    gradients = distinct_bytes(p.main_grad for p in _trained(trained))
+    return StageBytes(
+        parameters=parameters,
+        vision_parameters=sum(p.nbytes for chunk in trained.chunks for p in _tower(chunk).parameters()),
+        gradients=gradients,
+        optimizer=built.kept - parameters - gradients,
+        reference=reference.kept,
+        chunks=tuple(max(every, key=lambda chunk: chunk.backward_peak) for every in zip(*runs, strict=True)),
+        reduction=reduction.peak,
+        seconds=time.monotonic() - started,
+    )
+
+
+def distinct_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages under `tensors`, each once."""
+    storages = {id(storage): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def _build(config: Config, plan: Plan, groups: Groups, pixels: Pixels) -> build.Trained:
+    # Of the device only the modules' choice of kernels depends, which are the caller's to stand in for.
+    policy = dataclasses.replace(config.policy, device="cpu")
+    chunks = build.make_chunks(plan, model=config.model, policy=policy, pixels=pixels, groups=groups, device=CPU)
+    trained = build.make_trained(plan, chunks, policy=policy, optimizer=config.optimizer)
+    initialise_adam(trained)
+    return trained
+
+
+def passes(
+    config: Config, plan: Plan, batch: Batch, trained: build.Trained, allocations: Allocations
+) -> list[ChunkBytes]:
+    """The first row of `batch`, forward and backward through each chunk; `allocations` is to be entered."""
+    settings, mini = loss_settings(config, plan, ()), batch.updates[0]
+    counts = Counts(mini.num_tokens, mini.num_samples, mini.num_gated_samples, 1, settings.max_response_tokens, 1)
+    function = step.contribution(trained.device, batch, counts, settings)
+    row = mini.microbatches[0][0]
+    return [_run(trained, number, row, function, settings.head, allocations) for number in range(len(trained.chunks))]
+
+
+def _run(
+    trained: build.Trained,
+    number: int,
+    row: MicroBatch,
+    function: step.RowFunction,
+    head: HeadSettings,
+    allocations: Allocations,
+) -> ChunkBytes:
+    """A row through one chunk and back, as Megatron-Core's schedules take it: what is received, sent and returned is
+    held until the backward's end."""
+    chunk, received, seen = trained.chunks[number], None, None
+    tower = _Watched(_tower(chunk), allocations)
+    with allocations.span() as forward, tower:
+        if not chunk.pre_process:
+            received = _hidden(chunk, row).requires_grad_()
+            chunk.set_input_tensor(received)
+        output = trained.wrapped[number](row)
+        before_head = allocations.live_bytes
+        if chunk.post_process:
+            output, seen = function(row, Head(chunk, row, output, head, _remembered(chunk, row)))
+        head_kept = allocations.live_bytes - before_head
+    with allocations.span() as backward:
+        gradient = None if chunk.post_process else torch.empty_like(output)
+        torch.autograd.backward(output, grad_tensors=gradient)
+    del seen
+    return ChunkBytes(
+        forward_peak=forward.peak,
+        kept=forward.kept,
+        backward_peak=forward.kept + backward.peak,
+        vision=tower.kept,
+        head=head_kept,
+    )
+
+
+class _Watched:
+    """Counts what the passes of a module keep."""
+
+    def __init__(self, module: nn.Module, allocations: Allocations) -> None:
+        self._module, self._allocations, self._before, self.kept = module, allocations, 0, 0
+
+    def __enter__(self) -> _Watched:
+        self._hooks = [
+            self._module.register_forward_pre_hook(self._enter),
+            self._module.register_forward_hook(self._leave),
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _enter(self, *_: object) -> None:
+        self._before = self._allocations.live_bytes
+
+    def _leave(self, *_: object) -> None:
+        self.kept += self._allocations.live_bytes - self._before
+
+
+def _hidden(chunk: Any, row: MicroBatch) -> Tensor:
+    """Hidden states [L, 1, H] as another stage sends them."""
+    local = row.token_ids_T.numel() // chunk.groups.context.size()
+    local //= chunk.groups.tensor.size() if chunk.config.sequence_parallel else 1
+    return torch.empty(local, 1, chunk.shape.hidden_size, dtype=chunk.config.params_dtype)
+
+
+def _remembered(chunk: Any, row: MicroBatch) -> dict[Any, Remembered]:
+    """What an earlier pass would have left of the row's constants, dealt evenly over the context ranks."""
+    counts = torch.bincount(row.sample_N, minlength=len(row.sample_ids)).tolist()
+    lengths = dict(zip(row.sample_ids, counts, strict=True))
+    size, found = chunk.groups.context.size(), {}
+    for index, view in row.constants:
+        rank_N = torch.arange(lengths[index]) * size // lengths[index]
+        held = int((rank_N == chunk.groups.context.rank()).sum())
+        hidden_nH = torch.empty(held, chunk.shape.hidden_size, dtype=chunk.config.params_dtype)
+        found[index, view] = Remembered(hidden_nH, rank_N)
+    return found
+
+
+def _on_device(config: Config, plan: Plan) -> bool:
+    return plan.uses_reference and config.policy.reference == "device"
+
+
+def _tower(chunk: Any) -> nn.Module:
+    """The vision tower, or a module without anything."""
+    return getattr(chunk, "visual", nn.Identity())
+
+
+def _held(chunks: Iterable[nn.Module]) -> list[Tensor]:
+    return [tensor for chunk in chunks for tensor in (*chunk.parameters(), *chunk.buffers())]
+
+
+def _trained(trained: build.Trained) -> list[Any]:
+    return [parameter for parameter in trained.parameters() if parameter.requires_grad]

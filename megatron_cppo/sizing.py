@@ -1,0 +1,242 @@
+"""What a run takes of each GPU's memory: measured bytes, put together by the schedule, and named allowances.
+
+Standard library only. The bytes come from `policy/footprint.py`, which counts them on the policy's own modules; what
+fake tensors cannot show is an allowance here. Knows nothing of how it is printed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_cppo.config import Config
+from megatron_cppo.plan import Plan
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkBytes:
+    """One row through one chunk of layers, in bytes above what is always there.
+
+    `kept` lives from the row's forward to its backward, of which `vision` in the tower and `head` in the loss;
+    `forward_peak` and `backward_peak` (which holds `kept`) are the most during either.
+    """
+
+    forward_peak: int
+    kept: int
+    backward_peak: int
+    vision: int
+    head: int
+
+
+@dataclass(frozen=True, slots=True)
+class StageBytes:
+    """What a rank of one stage holds, in bytes. `reduction`: the most, beside it, while gradients are reduced."""
+
+    parameters: int
+    vision_parameters: int
+    gradients: int
+    optimizer: int
+    reference: int
+    chunks: tuple[ChunkBytes, ...]
+    reduction: int
+    seconds: float
+
+
+def events(stage: int, num_stages: int, num_chunks: int) -> list[tuple[str, int]]:
+    """("forward" or "backward", chunk) in the order in which Megatron-Core's schedules run a stage, for as many rows as
+    fill the pipeline twice.
+
+    >>> events(0, 2, 1)[:4]
+    [('forward', 0), ('forward', 0), ('backward', 0), ('forward', 0)]
+    """
+    total = 2 * num_stages * num_chunks
+    warmup = num_stages - stage - 1
+    if num_chunks > 1:
+        warmup = min(total, 2 * warmup + (num_chunks - 1) * num_stages)
+
+    def chunk(number: int) -> int:
+        return number // num_stages % num_chunks
+
+    forwards = [("forward", chunk(number)) for number in range(total)]
+    backwards = [("backward", num_chunks - 1 - chunk(number)) for number in range(total)]
+    steady = [event for pair in zip(forwards[warmup:], backwards[: total - warmup], strict=True) for event in pair]
+    return [*forwards[:warmup], *steady, *backwards[total - warmup :]]
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """The fullest moment of a schedule, in bytes above what is always there: rows in flight by chunk, what they keep
+    (of which the tower's and the head's), and what the pass that runs then needs beside that."""
+
+    rows: tuple[int, ...]
+    kept: int
+    vision: int
+    head: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        """Of kept and working."""
+        return self.kept + self.working
+
+
+def schedule_peak(chunks: tuple[ChunkBytes, ...], stage: int, num_stages: int) -> Peak:
+    """The fullest moment of a stage with these chunks. A backward's row counts as in flight."""
+    live, fullest = [0] * len(chunks), Peak((0,), 0, 0, 0, 0)
+    for kind, number in events(stage, num_stages, len(chunks)):
+        chunk = chunks[number]
+        live[number] += kind == "forward"
+        kept = sum(count * one.kept for count, one in zip(live, chunks, strict=True))
+        most = chunk.forward_peak if kind == "forward" else chunk.backward_peak
+        if kept + most - chunk.kept > fullest.total:
+            fullest = Peak(
+                tuple(live),
+                kept,
+                sum(count * one.vision for count, one in zip(live, chunks, strict=True)),
+                sum(count * one.head for count, one in zip(live, chunks, strict=True)),
+                most - chunk.kept,
+            )
+        live[number] -= kind == "backward"
+    return fullest
+
+
+UNSEEN_GIB = {
+    # Of an H100 with NVIDIA's driver 550: what nvidia-smi shows of a process that has made one tensor.
+    "CUDA context": 0.6,
+    # cuBLAS has 32 MiB for each handle and stream on this GPU (its documentation); the others as much again, and more.
+    "cuBLAS, cuDNN and Transformer Engine's workspaces": 0.4,
+}
+"""Allowances for a process that no tensor shows, GiB."""
+COMMUNICATOR_GIB = 0.15
+"""NCCL's channels of one communicator: up to 32 with buffers of 4 MiB (NCCL_BUFFSIZE's default), and what is for each
+peer."""
+FRAGMENTATION = 0.06
+"""Share of the tensors' bytes that the allocator holds beside them."""
+ASLEEP_GIB = 1.5
+"""A sleeping vLLM's context, graphs and communicators."""
+ENGINE_WORKING_GIB = 4.0
+"""Of vLLM's share: its context, graphs, and the activations of a prefill."""
+BUCKETS_GIB = 1.0
+"""Two of 512 MiB, for weights on their way to the engine."""
+ENOUGH_SPARE = 0.15
+"""Below it the verdict is "tight": rows are not all alike, and drivers differ."""
+UTILIZATION = "--gpu-memory-utilization"
+
+
+@dataclass(frozen=True, slots=True)
+class StageSize:
+    """One GPU of a stage, in GiB by item: what is always there, what an update adds at its peak, what rollouts add."""
+
+    resident: dict[str, float]
+    update: dict[str, float]
+    rollouts: dict[str, float]
+    rows: tuple[int, ...]
+
+    @property
+    def update_gib(self) -> float:
+        """At the peak of an update."""
+        return sum(self.resident.values()) + sum(self.update.values())
+
+    @property
+    def rollouts_gib(self) -> float:
+        """While rollouts are sampled, and weights loaded."""
+        return sum(self.resident.values()) + sum(self.rollouts.values())
+
+    @property
+    def peak_gib(self) -> float:
+        """The most."""
+        return max(self.update_gib, self.rollouts_gib)
+
+    def spare(self, gpu_gib: float) -> float:
+        """Share of the GPU that is left; negative where it does not fit."""
+        return 1 - self.peak_gib / gpu_gib
+
+    def verdict(self, gpu_gib: float) -> str:
+        """In a word."""
+        spare = self.spare(gpu_gib)
+        return "does not fit" if spare < 0 else "tight" if spare < ENOUGH_SPARE else "fits"
+
+
+def size(config: Config, plan: Plan, measured: Sequence[StageBytes], *, gpu_gib: float) -> tuple[StageSize, ...]:
+    """What each stage's GPUs hold, in the order of the stages."""
+    stages = len(measured)
+    return tuple(_size(config, plan, found, stage, stages, gpu_gib) for stage, found in enumerate(measured))
+
+
+def _size(config: Config, plan: Plan, found: StageBytes, stage: int, stages: int, gpu_gib: float) -> StageSize:
+    peak = schedule_peak(found.chunks, stage, stages)
+    resident = {
+        "parameters": (found.parameters - found.vision_parameters) / GIB,
+        "parameters of the vision tower": found.vision_parameters / GIB,
+        "gradients": found.gradients / GIB,
+        "optimizer": found.optimizer / GIB,
+        "reference": found.reference / GIB,
+    }
+    activations = {
+        "activations": (peak.kept - peak.vision) / GIB,
+        "activations of the vision tower": peak.vision / GIB,
+        "backward": peak.working / GIB,
+    }
+    if found.reduction > peak.total:  # which comes when all rows are through
+        activations = dict.fromkeys(activations, 0.0) | {"backward": found.reduction / GIB}
+    always = sum(resident.values())
+    resident |= UNSEEN_GIB | {
+        f"NCCL, {num_communicators(config, plan)} communicators": COMMUNICATOR_GIB * num_communicators(config, plan),
+        f"fragmentation, {FRAGMENTATION:.0%} of what is always there": FRAGMENTATION * always,
+    }
+    if config.policy.precision.startswith("fp8"):
+        # Transformer Engine's 8-bit copies of the weights, as they are and transposed.
+        resident["copies in 8 bits"] = found.parameters / GIB
+    here = config.policy.device == "cuda" and config.rollout.engine == "vllm" and not config.vllm.addresses
+    update = activations | {f"fragmentation, {FRAGMENTATION:.0%} of it": FRAGMENTATION * sum(activations.values())}
+    if here:
+        update["engine, asleep"] = ASLEEP_GIB
+    return StageSize(resident, update, _rollouts(config, plan, gpu_gib) if here else {}, peak.rows)
+
+
+def num_communicators(config: Config, plan: Plan) -> int:
+    """Communicators of several ranks that a trainer's process has."""
+    policy, data = config.policy, plan.data_parallel
+    tensor, context, pipeline = policy.tensor_parallel, policy.context_parallel, policy.pipeline_parallel
+    sizes = {
+        "world": plan.num_ranks,
+        "tensor": tensor,
+        "context": context,
+        "pipeline": pipeline,
+        "data": data,
+        "data and context": data * context if context > 1 else 1,
+        "tensor and context": tensor * context if context > 1 else 1,
+        "model": tensor * pipeline if pipeline > 1 else 1,
+        "expert": policy.expert_parallel,
+        "expert's data": plan.num_ranks // pipeline // policy.expert_parallel if policy.expert_parallel > 1 else 1,
+    }
+    return sum(ranks > 1 for ranks in sizes.values())
+
+
+def _rollouts(config: Config, plan: Plan, gpu_gib: float) -> dict[str, float]:
+    """A colocated vLLM server's share of one GPU: what it is told to take, however it divides it."""
+    weights = plan.num_parameters * 2 / config.vllm.tensor_parallel / GIB
+    whole = utilization(config) * gpu_gib
+    largest = plan.padded_vocab_size * plan.shape.hidden_size * 2 / GIB
+    return {
+        "engine, awake: weights": weights,
+        "engine, awake: KV cache and the rest": max(0.0, whole - weights),
+        "weights on their way: two buckets, and the largest tensor whole": BUCKETS_GIB + 2 * largest,
+    }
+
+
+def utilization(config: Config) -> float:
+    """Share of a GPU that a colocated server takes: vLLM's --gpu-memory-utilization."""
+    words = [word for argument in config.vllm.arguments for word in argument.replace("=", " ").split()]
+    return float(words[words.index(UTILIZATION) + 1]) if UTILIZATION in words[:-1] else 0.6
+
+
+def cache_tokens(config: Config, plan: Plan, gpu_gib: float) -> int:
+    """Tokens that the KV cache of one colocated server holds at least, over its GPUs."""
+    shape, ranks = plan.shape, config.vllm.tensor_parallel
+    # A key/value head is on several GPUs where there are more GPUs than heads.
+    of_token = 2 * shape.num_layers * max(1, shape.num_kv_heads // ranks) * shape.head_size * 2
+    rest = utilization(config) * gpu_gib - plan.num_parameters * 2 / ranks / GIB - ENGINE_WORKING_GIB
+    return max(0, int(rest * GIB / of_token))
