@@ -19,26 +19,33 @@ GIB = 2**30
 class ChunkBytes:
     """One row through one chunk of layers, in bytes above what is always there.
 
-    `kept` lives from the row's forward to its backward, of which `vision` in the tower and `head` in the loss;
-    `forward_peak` and `backward_peak` (which holds `kept`) are the most during either.
+    `kept` lives from the row's forward to its backward, of which `vision` in the tower; `forward_peak` and
+    `backward_peak` (which holds `kept`) are the most during either. `received` and `sent` are hidden states' bytes, 0
+    where there is no stage before or after.
     """
 
     forward_peak: int
     kept: int
     backward_peak: int
     vision: int
-    head: int
+    received: int
+    sent: int
 
 
 @dataclass(frozen=True, slots=True)
 class StageBytes:
-    """What a rank of one stage holds, in bytes. `reduction`: the most, beside it, while gradients are reduced."""
+    """What a rank of one stage holds, in bytes.
+
+    `buffers` are Megatron-Core's for gathered sequences; `reduction` is the most, beside all of it, while gradients are
+    reduced.
+    """
 
     parameters: int
     vision_parameters: int
     gradients: int
     optimizer: int
     reference: int
+    buffers: int
     chunks: tuple[ChunkBytes, ...]
     reduction: int
     seconds: float
@@ -68,12 +75,11 @@ def events(stage: int, num_stages: int, num_chunks: int) -> list[tuple[str, int]
 @dataclass(frozen=True, slots=True)
 class Peak:
     """The fullest moment of a schedule, in bytes above what is always there: rows in flight by chunk, what they keep
-    (of which the tower's and the head's), and what the pass that runs then needs beside that."""
+    (of which the tower's), and what the pass that runs then needs beside that."""
 
     rows: tuple[int, ...]
     kept: int
     vision: int
-    head: int
     working: int
 
     @property
@@ -83,22 +89,23 @@ class Peak:
 
 
 def schedule_peak(chunks: tuple[ChunkBytes, ...], stage: int, num_stages: int) -> Peak:
-    """The fullest moment of a stage with these chunks. A backward's row counts as in flight."""
-    live, fullest = [0] * len(chunks), Peak((0,), 0, 0, 0, 0)
+    """The fullest moment of a stage with these chunks. A backward's row counts as in flight.
+
+    Megatron-Core 0.16.1's schedules still hold what the last backward sent and was sent, and its output, when the next
+    pass begins.
+    """
+    live, fullest, late = [0] * len(chunks), Peak((0,), 0, 0, 0), False
     for kind, number in events(stage, num_stages, len(chunks)):
-        chunk = chunks[number]
-        live[number] += kind == "forward"
+        chunk, forward = chunks[number], kind == "forward"
+        live[number] += forward
         kept = sum(count * one.kept for count, one in zip(live, chunks, strict=True))
-        most = chunk.forward_peak if kind == "forward" else chunk.backward_peak
-        if kept + most - chunk.kept > fullest.total:
-            fullest = Peak(
-                tuple(live),
-                kept,
-                sum(count * one.vision for count, one in zip(live, chunks, strict=True)),
-                sum(count * one.head for count, one in zip(live, chunks, strict=True)),
-                most - chunk.kept,
-            )
-        live[number] -= kind == "backward"
+        working = (chunk.forward_peak if forward else chunk.backward_peak) - chunk.kept
+        working += late * (chunk.received + 2 * forward * chunk.sent)
+        if kept + working > fullest.total:
+            vision = sum(count * one.vision for count, one in zip(live, chunks, strict=True))
+            fullest = Peak(tuple(live), kept, vision, working)
+        live[number] -= not forward
+        late = late or not forward
     return fullest
 
 
@@ -173,6 +180,7 @@ def _size(config: Config, plan: Plan, found: StageBytes, stage: int, stages: int
         "gradients": found.gradients / GIB,
         "optimizer": found.optimizer / GIB,
         "reference": found.reference / GIB,
+        "buffers for gathered sequences": found.buffers / GIB,
     }
     activations = {
         "activations": (peak.kept - peak.vision) / GIB,

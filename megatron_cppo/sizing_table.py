@@ -56,8 +56,8 @@ def _notes(config: Config, plan: Plan, sizes: Sequence[StageSize], gpu_gib: floa
         tokens = cache_tokens(config, plan, gpu_gib)
         longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
         lines.append(
-            f"a vLLM server takes {utilization(config):.0%} of its {config.vllm.tensor_parallel} GPUs: weights, and room "
-            f"for about {tokens:,} tokens, {tokens // longest} of the longest; asleep it holds neither"
+            f"a vLLM server takes {utilization(config):.0%} of each GPU: weights, and room for "
+            f"about {tokens:,} tokens, {tokens // longest} of the longest; asleep it holds neither"
         )
     shown = [name for name in ASSUMPTIONS if name != "experts" or plan.shape.num_experts]
     return ["  " + line for line in (*lines, *(f"assumed: {ASSUMPTIONS[name]}" for name in shown))]

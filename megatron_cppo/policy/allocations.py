@@ -28,7 +28,7 @@ class Span:
 class Allocations(TorchDispatchMode):
     """Within this context every tensor that an operation makes is counted from its birth to its end, by storage.
 
-    Nothing is counted that was there before and is not touched. The same for real and for fake tensors.
+    What was there before is not, nor its views. The same for real and for fake tensors.
     """
 
     def __init__(self) -> None:
@@ -39,9 +39,13 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._count(leaf)
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if any(id(tensor.untyped_storage()) not in self._sizes for tensor in made):
+            given = [leaf.untyped_storage() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            before = {id(storage) for storage in given} - self._sizes.keys()
+            made = [tensor for tensor in made if id(tensor.untyped_storage()) not in before]
+        for tensor in made:
+            self._count(tensor)
         return result
 
     @contextmanager

@@ -63,6 +63,8 @@ class _RealBookkeeping(TorchDispatchMode):
         if any(isinstance(tensor, FakeTensor) for tensor in given):
             if func in (_ATEN.index.Tensor, _ATEN.index_put.default, _ATEN.index_put_.default):
                 args = (args[0], _numbered(args[1]), *args[2:])
+            if func is _ATEN.masked_select.default:
+                func, args = _ATEN.index.Tensor, (args[0], _numbered(args[1:]))
             return func(*args, **kwargs)
         if given or _counts(func, args, kwargs):
             with unset_fake_temporarily():
@@ -124,7 +126,7 @@ def _values(top_fraction: float) -> dict[tuple[Any, str], Any]:
 
     def mask(entropy_N: Tensor, *_: Any, **__: Any) -> Tensor:
         with unset_fake_temporarily():
-            return torch.arange(len(entropy_N)) < top_fraction * len(entropy_N)
+            return torch.arange(1, len(entropy_N) + 1) <= top_fraction * len(entropy_N)
 
     def gather_object(into: list[Any], mine: Any, *_: Any, **__: Any) -> None:
         into[:] = [mine] * len(into)

@@ -7,6 +7,7 @@ and of schedules only that a row's backward comes after its forward; `sizing.py`
 from __future__ import annotations
 
 import dataclasses
+import gc
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -20,8 +21,9 @@ from megatron_cppo.plan import Plan
 from megatron_cppo.policy import build, step
 from megatron_cppo.policy.allocations import Allocations
 from megatron_cppo.policy.checkpoint import initialise_adam
-from megatron_cppo.policy.groups import Groups
+from megatron_cppo.policy.groups import Groups, gathered_sequences
 from megatron_cppo.policy.head import Head, HeadSettings, Remembered
+from megatron_cppo.policy.held import inner_optimizers
 from megatron_cppo.policy.policy import loss_settings
 from megatron_cppo.policy.reference import Reference
 from megatron_cppo.policy.vision import Pixels
@@ -38,32 +40,31 @@ def measure(config: Config, plan: Plan, batches: Iterable[Batch], groups: Groups
     """
     started, allocations = time.monotonic(), Allocations()
     with allocations:
-        with allocations.span() as built:
-            trained = _build(config, plan, groups, pixels)
+        trained = _build(config, plan, groups, pixels)
         with allocations.span() as reference:
             other = Reference(trained.parameters(), on_host=False) if _on_device(config, plan) else None
         runs = [passes(config, plan, batch, trained, allocations) for batch in batches]
         with allocations.span() as reduction:
             step.finalize_gradients(groups)(list(trained.wrapped))
     del other
-    parameters = distinct_bytes(_held(trained.chunks))
-    gradients = distinct_bytes(p.main_grad for p in _trained(trained))
     return StageBytes(
-        parameters=parameters,
+        parameters=distinct_bytes(_held(trained.chunks)),
         vision_parameters=sum(p.nbytes for chunk in trained.chunks for p in _tower(chunk).parameters()),
-        gradients=gradients,
-        optimizer=built.kept - parameters - gradients,
+        gradients=distinct_bytes(p.main_grad for p in trained.parameters() if p.requires_grad),
+        optimizer=distinct_bytes(_states(trained), beside=_held(trained.chunks)),
         reference=reference.kept,
+        buffers=_shared_bytes(),
         chunks=tuple(max(every, key=lambda chunk: chunk.backward_peak) for every in zip(*runs, strict=True)),
         reduction=reduction.peak,
         seconds=time.monotonic() - started,
     )
 
 
-def distinct_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages under `tensors`, each once."""
+def distinct_bytes(tensors: Iterable[Tensor], *, beside: Iterable[Tensor] = ()) -> int:
+    """Bytes of the storages under `tensors`, each once, but for those that are under `beside`."""
+    known = {id(tensor.untyped_storage()) for tensor in beside}
     storages = {id(storage): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
-    return sum(storage.nbytes() for storage in storages.values())
+    return sum(storage.nbytes() for key, storage in storages.items() if key not in known)
 
 
 def _build(config: Config, plan: Plan, groups: Groups, pixels: Pixels) -> build.Trained:
@@ -97,27 +98,35 @@ def _run(
     """A row through one chunk and back, as Megatron-Core's schedules take it: what is received, sent and returned is
     held until the backward's end."""
     chunk, received, seen = trained.chunks[number], None, None
-    tower = _Watched(_tower(chunk), allocations)
+    tower, shared = _Watched(_tower(chunk), allocations), _shared_bytes()
+    gc.collect()  # or cycles of an earlier pass end within this one, at a moment that chance decides
     with allocations.span() as forward, tower:
         if not chunk.pre_process:
             received = _hidden(chunk, row).requires_grad_()
             chunk.set_input_tensor(received)
         output = trained.wrapped[number](row)
-        before_head = allocations.live_bytes
+        sent = 0 if chunk.post_process else output.nbytes
         if chunk.post_process:
             output, seen = function(row, Head(chunk, row, output, head, _remembered(chunk, row)))
-        head_kept = allocations.live_bytes - before_head
+    gc.collect()
     with allocations.span() as backward:
         gradient = None if chunk.post_process else torch.empty_like(output)
         torch.autograd.backward(output, grad_tensors=gradient)
     del seen
+    shared = _shared_bytes() - shared  # made by the first pass, for good
     return ChunkBytes(
-        forward_peak=forward.peak,
-        kept=forward.kept,
-        backward_peak=forward.kept + backward.peak,
+        forward_peak=forward.peak - shared,
+        kept=forward.kept - shared,
+        backward_peak=forward.kept + backward.peak - shared,
         vision=tower.kept,
-        head=head_kept,
+        received=0 if received is None else received.nbytes,
+        sent=sent,
     )
+
+
+def _shared_bytes() -> int:
+    """Of the buffers that Megatron-Core gathers sequences into, in all layers alike."""
+    return distinct_bytes(gathered_sequences())
 
 
 class _Watched:
@@ -177,5 +186,10 @@ def _held(chunks: Iterable[nn.Module]) -> list[Tensor]:
     return [tensor for chunk in chunks for tensor in (*chunk.parameters(), *chunk.buffers())]
 
 
-def _trained(trained: build.Trained) -> list[Any]:
-    return [parameter for parameter in trained.parameters() if parameter.requires_grad]
+def _states(trained: build.Trained) -> list[Tensor]:
+    """Master weights and what Adam keeps of each."""
+    found = []
+    for inner in inner_optimizers(trained):
+        found += [weight for group in inner.optimizer.param_groups for weight in group["params"]]
+        found += [value for state in inner.optimizer.state.values() for value in state.values()]
+    return [tensor for tensor in found if isinstance(tensor, Tensor)]

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from megatron_cppo.config import PolicyConfig
@@ -103,6 +104,11 @@ def expert_tensor_parallel(config: PolicyConfig) -> int:
     reduce their gradients like those of the attention, and leave out the other TP ranks' tokens.
     """
     return 1 if config.expert_parallel > 1 else config.tensor_parallel
+
+
+def gathered_sequences() -> list[Tensor]:
+    """The buffers that Megatron-Core gathers sequences into, in all layers alike; for as long as the groups live."""
+    return list(parallel_state.get_global_memory_buffer().buffer.values())
 
 
 def destroy() -> None:

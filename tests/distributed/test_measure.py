@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +16,17 @@ from torch import Tensor
 from examples.digits import make_model
 from megatron_cppo import plan as plans
 from megatron_cppo import rehearsal
-from megatron_cppo.config import Config, DataConfig, ModelConfig, PolicyConfig, RolloutConfig, TrainerConfig
+from megatron_cppo.config import (
+    AlgorithmConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    PolicyConfig,
+    RolloutConfig,
+    TrainerConfig,
+)
 from megatron_cppo.sizing import StageBytes, schedule_peak
+from megatron_cppo.types import VIEWS, ImageKey
 from tests.distributed.launch import run_distributed
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -30,22 +40,42 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "PP2": {"pipeline_parallel": 2, "layers_per_stage": (1, 2)},
     "CP2, selective": {"context_parallel": 2, "recompute": "selective"},
 }
+WITHOUT_MASK = ("CP2, selective",)
+"""There GRPO: how many masked tokens a context rank holds depends on where they are."""
 NUM_ROWS = 4
+MESSAGE_BYTES = 16_384
+"""Of the schedule's own small tensors, and of what the log keeps of rows that are through."""
+LATE = 0.06
 
 
 def config_of(folder: str, layout: str) -> Config:
     return Config(
         model=ModelConfig(path=folder),
         data=DataConfig(max_prompt_tokens=64),
+        algorithm=AlgorithmConfig(objective="grpo" if layout in WITHOUT_MASK else "cppo"),
         rollout=RolloutConfig(max_response_tokens=24),
         policy=PolicyConfig(device="cpu", precision="fp32", max_tokens_per_microbatch=1024, **LAYOUTS[layout]),
         trainer=TrainerConfig(num_gpus=2, prompts_per_step=4),
     )
 
 
+def pixels(like: Callable[[ImageKey], Tensor]) -> Callable[[ImageKey], Tensor]:
+    """Other pixels under every view, the same in every pass, so that the mask is."""
+
+    def of_image(key: ImageKey) -> Tensor:
+        generator = torch.Generator().manual_seed(3 * key.row + VIEWS.index(key.view))
+        return torch.randn(like(key).shape, generator=generator)
+
+    return of_image
+
+
 def real_rank(rank: int, world_size: int, folder: str) -> dict[str, dict[str, Any]]:
     """Of every layout what this rank allocates."""
     return {layout: _real(config_of(folder, layout)) for layout in LAYOUTS}
+
+
+def _collect(_: int) -> None:
+    gc.collect()
 
 
 def _real(config: Config) -> dict[str, Any]:
@@ -57,14 +87,15 @@ def _real(config: Config) -> dict[str, Any]:
     from megatron_cppo.policy.policy import Policy
 
     plan = plans.resolve(config, files=False)
-    policy = Policy(config, plan, pixels=rehearsal.pixels_of(config, plan.shape), banned_ids=())
+    policy = Policy(config, plan, pixels=pixels(rehearsal.pixels_of(config, plan.shape)), banned_ids=())
     trained = policy.trained
     initialise_adam(trained)
+    gc.disable()  # and collect where the measurement does: chance has no place in a comparison to the byte
     parameters, mask, share = list(trained.parameters()), objective.perception_mask, []
 
     def watched(*args: Any, **kwargs: Any) -> Tensor:
         found = mask(*args, **kwargs)
-        share.append((int(found.sum()) - 0.5) / max(1, len(found)))
+        share.append(min(1.0, (int(found.sum()) + 0.5) / max(1, len(found))))
         return found
 
     objective.perception_mask = watched  # type: ignore[assignment]
@@ -77,9 +108,9 @@ def _real(config: Config) -> dict[str, Any]:
         several = replace(mini, microbatches=(mini.microbatches[0] * NUM_ROWS,) * plan.data_parallel)
         allocations = Allocations()
         with allocations, allocations.span() as update:
-            seen = step.gradients(trained, batch, several, policy.settings)
-        del seen
-        rows.append({"chunks": chunks, "update": update.peak, "mask": share[-1] if share else 1.0})
+            step.gradients(trained, batch, several, policy.settings, _collect)
+        rows.append({"chunks": chunks, "update": update.peak, "mask": share[0] if share else 1.0})
+        share.clear()
     objective.perception_mask = mask
     states = [t for inner in inner_optimizers(trained) for s in inner.optimizer.state.values() for t in s.values()]
     held = {
@@ -92,12 +123,20 @@ def _real(config: Config) -> dict[str, Any]:
     return {**held, "rows": rows}
 
 
-def fake_stages(folder: str, layout: str, batch: int, share: float) -> tuple[StageBytes, ...]:
-    """Of a layout what every stage allocates for one of the full rows, without its memory."""
-    config = config_of(folder, layout)
-    config = replace(config, perception=replace(config.perception, top_fraction=share))
-    plan = plans.resolve(config, files=False)
-    return rehearsal.measure_stages(config, plan, rehearsal.full_rows(config, plan)[batch : batch + 1])
+def fake_stages(folder: str, shares: dict[str, list[float]]) -> dict[str, list[tuple[StageBytes, ...]]]:
+    """Of every layout and full row what each stage allocates, without its memory; masks pick these shares of tokens."""
+    gc.disable()
+    found: dict[str, list[tuple[StageBytes, ...]]] = {}
+    for layout, of_layout in shares.items():
+        config = config_of(folder, layout)
+        plan = plans.resolve(config, files=False)
+        found[layout] = [
+            rehearsal.measure_stages(
+                replace(config, perception=replace(config.perception, top_fraction=share)), plan, (batch,)
+            )
+            for batch, share in zip(rehearsal.full_rows(config, plan), of_layout, strict=True)
+        ]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -112,17 +151,27 @@ def real(folder: str) -> list[dict[str, dict[str, Any]]]:
     return run_distributed(real_rank, 2, folder, timeout_seconds=240)
 
 
+@pytest.fixture(scope="module")
+def fake(folder: str, real: list[dict[str, dict[str, Any]]]) -> dict[str, list[tuple[StageBytes, ...]]]:
+    masks = {layout: [[row["mask"] for row in rank[layout]["rows"]] for rank in real] for layout in LAYOUTS}
+    # Only the last stage has a mask.
+    shares = {layout: [min(of_row) for of_row in zip(*of_ranks, strict=True)] for layout, of_ranks in masks.items()}
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(fake_stages, folder, shares).result(timeout=240)
+
+
 @pytest.mark.parametrize("batch", [0, 1], ids=["pictures", "answers"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_fake_tensors_count_what_real_ranks_allocate(
-    layout: str, batch: int, folder: str, real: list[dict[str, dict[str, Any]]]
+    layout: str,
+    batch: int,
+    real: list[dict[str, dict[str, Any]]],
+    fake: dict[str, list[tuple[StageBytes, ...]]],
 ) -> None:
-    """Parameters, gradients, optimizer and reference, and a row's passes to the byte; the schedule's own messages of a
-    row's shape are all that the update has beside.
+    """Parameters, gradients, optimizer and reference, and a row's passes, to the byte; and the peak of an update of
+    four rows through Megatron-Core's schedule is what the schedule's arithmetic makes of one row's.
     """
-    share = max(rank[layout]["rows"][batch]["mask"] for rank in real)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        stages = process.submit(fake_stages, folder, layout, batch, share).result(timeout=240)
+    stages = fake[layout][batch]
     for stage, found in enumerate(stages):
         of_rank = real[stage][layout]
         for name in ("parameters", "gradients", "optimizer", "reference"):
@@ -131,5 +180,6 @@ def test_fake_tensors_count_what_real_ranks_allocate(
         expected = schedule_peak(found.chunks, stage, len(stages)).total
         print(f"{layout:30} stage {stage}: counted {expected:,}, update {row['update']:,} bytes {found.chunks}")
         assert list(found.chunks) == row["chunks"]
-        assert expected <= row["update"] * 1.01
-        assert expected >= row["update"] * 0.99
+        # Collectives that run behind let go of their tensors when gloo's threads come to it.
+        late = LATE if "TP2" in layout else 0.0
+        assert expected <= row["update"] <= expected * (1 + late) + MESSAGE_BYTES

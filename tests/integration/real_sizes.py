@@ -3,34 +3,25 @@
     python -m tests.integration.real_sizes OUT.json [MODEL ...]
 
 The modules are the policy's own, on every pipeline stage of a layout; a packed row with images and all three views goes
-forward and backward through each. What reads data is given it: the tower's indices are made outside of fake mode, and
-the experts' dispatcher is told of an even load. Attention in the tower only keeps its shapes.
+forward and backward through each, on fake tensors as `--measure` has them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_cppo import families
 from megatron_cppo.config import Config, ModelConfig, PolicyConfig, TrainerConfig
 from megatron_cppo.data.packing import Member, pack
-from megatron_cppo.families import towers
 from megatron_cppo.families.rules import whole_shapes
 from megatron_cppo.layout import layers_per_chunk, problems, replica_ranks
 from megatron_cppo.plan import Packing
@@ -107,19 +98,17 @@ def _module_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _stage(config: Config, rank: int, ranks: int) -> Stage:
+    from megatron_cppo.policy import fake, platform, weights
     from megatron_cppo.policy import groups as process_groups
-    from megatron_cppo.policy import platform, weights
     from megatron_cppo.policy.model import VisionLanguageModel, decoder_config
 
     started, policy, shape = time.monotonic(), config.policy, families.read_shape(config.model.path)
-    device = platform.activate("cpu")
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
-    try:
+    with fake.world(rank, ranks):
         groups = process_groups.make(policy, seed=0)
         megatron = decoder_config(shape, policy, layers_per_chunk=layers_per_chunk(policy, shape.num_layers))
         row = _row(policy, shape)
         patch_values = 3 * shape.vision.temporal_patch_size * shape.vision.patch_size**2
-        with FakeTensorMode(allow_non_fake_inputs=True), _data_given():
+        with fake.tensors(gpu=True):
             chunks = [
                 VisionLanguageModel(
                     shape,
@@ -128,7 +117,7 @@ def _stage(config: Config, rank: int, ranks: int) -> Stage:
                     padded_vocab_size=-(-shape.vocab_size // policy.tensor_parallel) * policy.tensor_parallel,
                     pixels=lambda key: torch.empty(GRID.num_patches, patch_values),
                     groups=groups,
-                    device=device,
+                    device=platform.CPU,
                     chunk=number if policy.virtual_pipeline > 1 else None,
                 )
                 for number in range(policy.virtual_pipeline)
@@ -153,9 +142,6 @@ def _stage(config: Config, rank: int, ranks: int) -> Stage:
             gradients_missing=[b.name for b in bound if b.parameter.grad is None],
             seconds=time.monotonic() - started,
         )
-    finally:
-        process_groups.destroy()
-        dist.destroy_process_group()
 
 
 def _forward_backward(chunk: Any, row: MicroBatch) -> None:
@@ -172,8 +158,7 @@ def _forward_backward(chunk: Any, row: MicroBatch) -> None:
         hidden.sum().backward()
         return
     head = Head(chunk, row, hidden, HeadSettings(1.0, (), "torch"))
-    with unset_fake_temporarily():
-        rows, targets = torch.cat([row.rows_original_N, row.rows_removing_N]), row.targets_N.repeat(2)
+    rows, targets = torch.cat([row.rows_original_N, row.rows_removing_N]), row.targets_N.repeat(2)
     logp_N, entropy_N = head.statistics(rows, targets)
     (kl_N,) = head.divergences(row.rows_original_N, [row.rows_preserving_N], constant_others=False)
     (logp_N.sum() + entropy_N.sum() + kl_N.sum()).backward()
@@ -190,115 +175,11 @@ def _row(policy: PolicyConfig, shape: Any) -> MicroBatch:
         "train", 0, 0, "", "", "", tuple(ids), (time_axis, height, width), following, grids=(GRID,), image_slots=slots
     )
     sample = Sample(prompt, 0, (1,) * RESPONSE, (), "", False, 0, advantage=1.0)
-    even = max(1, shape.num_experts)  # tokens of a rank that load the experts evenly
     packing = Packing(
         segment_multiple=2 * policy.context_parallel,
-        row_multiple=2 * policy.context_parallel * policy.tensor_parallel * even,
+        row_multiple=2 * policy.context_parallel * policy.tensor_parallel,
     )
     return pack([Member(0, sample, ("original", "preserving", "removing"))], packing)
-
-
-@contextlib.contextmanager
-def _data_given() -> Iterator[None]:
-    """Replaces what would read a fake tensor's data: indices, rope's cut of a row, experts' counts, random states."""
-    from megatron.core.models.common.embeddings import rope_utils
-    from megatron.core.tensor_parallel import random
-    from megatron.core.transformer.moe import token_dispatcher
-
-    from megatron_cppo.policy import attention, head, model, split
-
-    modules: dict[tuple[Any, str], Any] = {
-        (model, "segments"): _outside(attention.segments),
-        (model.Split, "of"): staticmethod(_outside(split.Split.of)),
-        (model.Split, "local"): _outside(split.Split.local),
-        (head.Share, "of"): staticmethod(_outside(split.Share.of)),
-        (rope_utils, "_apply_rotary_pos_emb_thd"): _rope,
-        (token_dispatcher.MoEAlltoAllTokenDispatcher, "preprocess"): _even_load,
-        (token_dispatcher, "permute"): _permute,
-        (towers, "features"): _features,
-        (random.CudaRNGStatesTracker, "fork"): lambda *_, **__: contextlib.nullcontext(),
-    }
-    before = {(owner, name): owner.__dict__[name] for owner, name in modules}
-    for (owner, name), value in modules.items():
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for (owner, name), value in before.items():
-            setattr(owner, name, value)
-
-
-def _outside(function: Any) -> Any:
-    """`function` with true tensors."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with unset_fake_temporarily():
-            return function(*args, **kwargs)
-
-    return call
-
-
-def _rope(t: Tensor, cu_seqlens: Tensor, freqs: Tensor, **_: Any) -> Tensor:
-    from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
-
-    return _apply_rotary_pos_emb_bshd(t.unsqueeze(1), freqs[: t.shape[0]]).squeeze(1)
-
-
-def _even_load(self: Any, routing_map: Tensor) -> Any:
-    """Every expert gets as many tokens as every other, from every rank."""
-    self.num_out_tokens = routing_map.shape[0] * self.config.moe_router_topk
-    each = self.num_out_tokens // self.num_experts
-    assert each * self.num_experts == self.num_out_tokens, "the row does not load the experts evenly"
-    sources = self.ep_size * self.tp_size
-    self.input_splits = np.full(self.ep_size, each * self.num_local_experts)
-    self.output_splits = np.full(self.ep_size, each * self.num_local_experts)
-    self.output_splits_tp = np.full(self.tp_size, each * self.num_local_experts * self.ep_size)
-    self.num_global_tokens_per_local_expert = np.full((sources, self.num_local_experts), each)
-    order = np.arange(self.num_experts * self.tp_size)
-    self.sort_input_by_local_experts = order.reshape(-1, self.num_local_experts).T.ravel()
-    self.restore_output_by_local_experts = order.reshape(self.num_local_experts, -1).T.ravel()
-    return np.full(self.num_local_experts, each * sources)
-
-
-def _permute(tokens: Tensor, routing_map: Tensor, probs: Tensor, num_out_tokens: int, **_: Any) -> Any:
-    with unset_fake_temporarily():
-        index = torch.arange(num_out_tokens) % tokens.shape[0]
-    chosen = probs.t().reshape(-1)[:num_out_tokens]
-    return tokens.index_select(0, index), chosen, index
-
-
-def _features(tower: Any, pixels_PC: Tensor, shape_I3: Tensor) -> list[Tensor]:
-    """The tower with all of its indices given, and attention that keeps shapes."""
-    from transformers import vision_utils
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    name = "flash_attention_of_shapes"
-    ALL_ATTENTION_FUNCTIONS.register(name, lambda module, q, k, v, *_, **__: ((q + k + v).transpose(1, 2), None))
-    config = tower.config
-    config._attn_implementation = name
-    images = pixels_PC.shape[0] // GRID.num_patches
-    with unset_fake_temporarily():
-        grid = torch.tensor([[GRID.frames, GRID.height, GRID.width]] * images)
-        merge = config.spatial_merge_size
-        given: dict[str, Any] = {
-            "position_ids": vision_utils.get_vision_position_ids(grid, merge),
-            "cu_seqlens": vision_utils.get_vision_cu_seqlens(grid),
-            "max_seqlen": GRID.num_patches,
-        }
-        if hasattr(config, "window_size"):
-            window, cu_window = vision_utils.get_vision_window_index(
-                grid, spatial_merge_size=merge, window_size=config.window_size, patch_size=config.patch_size
-            )
-            given |= {"window_index": window, "cu_window_seqlens": cu_window, "max_window_seqlen": 64}
-        else:
-            side = int(config.num_position_embeddings**0.5)
-            given["interp_indices"], given["interp_weights"] = (
-                vision_utils.get_vision_interpolation_indices_and_weights(
-                    grid, num_grid_per_side=side, mode="bilinear", align_corners=True, spatial_merge_size=merge
-                )
-            )
-    output = tower(pixels_PC, grid_thw=grid, **given)
-    return [output.pooler_output, *getattr(output, "deepstack_features", ())]
 
 
 def main(out: Path, names: list[str]) -> None:

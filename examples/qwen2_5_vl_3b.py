@@ -1,0 +1,21 @@
+"""Qwen2.5-VL-3B on ViRL39K, with the paper's hyper-parameters.
+
+    python -m megatron_cppo.train examples/qwen2_5_vl_3b.py --vllm.python /path/to/vllm-env/bin/python
+
+Hardware: 8 H100 (80 GB), one machine. Layout: DP8; each GPU has a whole model, and a vLLM server beside it.
+@MEMORY@
+"""
+
+from examples.paper import paper_config
+from megatron_cppo.config import Config, PolicyConfig
+
+
+def config() -> Config:
+    """The run."""
+    return paper_config(
+        "Qwen2.5-VL-3B-Instruct",
+        num_gpus=8,
+        policy=PolicyConfig(recompute="full", recompute_vision=True, max_tokens_per_microbatch=16_384),
+        engine_gpus=1,
+        engine_share=0.35,
+    )
