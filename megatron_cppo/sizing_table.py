@@ -9,9 +9,9 @@ from megatron_cppo.plan import Plan
 from megatron_cppo.sizing import StageSize, cache_tokens, utilization
 
 ASSUMPTIONS = {
-    "rows": "all are full, on the first stage of pictures, on the last of the longest answers, and all samples gated",
-    "kernels": "the policy's own code, without Transformer Engine; attention, norms and the head's kernels keep what a "
-    "GPU's keep",
+    "rows": "rows are full, on the first stage of pictures, on the last of the longest answers; all samples are gated",
+    "kernels": "the policy's own code ran, without Transformer Engine; attention, norms and head keep what a GPU's "
+    "kernels keep",
     "optimizer": "a fused Adam (Transformer Engine's or Apex's), which needs no memory beside its state",
     "experts": "the router loads all experts alike",
     "allowances": "CUDA, NCCL, fragmentation and the engine are allowances (docs/sizing.md)",

@@ -50,7 +50,7 @@ def measure(config: Config, plan: Plan, batches: Iterable[Batch], groups: Groups
     return StageBytes(
         parameters=distinct_bytes(_held(trained.chunks)),
         vision_parameters=sum(p.nbytes for chunk in trained.chunks for p in _tower(chunk).parameters()),
-        gradients=distinct_bytes(p.main_grad for p in trained.parameters() if p.requires_grad),
+        gradients=distinct_bytes(_gradients(trained)),
         optimizer=distinct_bytes(_states(trained), beside=_held(trained.chunks)),
         reference=reference.kept,
         buffers=_shared_bytes(),
@@ -184,6 +184,12 @@ def _tower(chunk: Any) -> nn.Module:
 
 def _held(chunks: Iterable[nn.Module]) -> list[Tensor]:
     return [tensor for chunk in chunks for tensor in (*chunk.parameters(), *chunk.buffers())]
+
+
+def _gradients(trained: build.Trained) -> list[Tensor]:
+    """DDP's, in fp32."""
+    parameters: Iterable[Any] = trained.parameters()
+    return [parameter.main_grad for parameter in parameters if parameter.requires_grad]
 
 
 def _states(trained: build.Trained) -> list[Tensor]:

@@ -90,6 +90,7 @@ def _real(config: Config) -> dict[str, Any]:
     policy = Policy(config, plan, pixels=pixels(rehearsal.pixels_of(config, plan.shape)), banned_ids=())
     trained = policy.trained
     initialise_adam(trained)
+    gc.freeze()  # what is there need not be gone through again
     gc.disable()  # and collect where the measurement does: chance has no place in a comparison to the byte
     parameters, mask, share = list(trained.parameters()), objective.perception_mask, []
 
@@ -125,6 +126,7 @@ def _real(config: Config) -> dict[str, Any]:
 
 def fake_stages(folder: str, shares: dict[str, list[float]]) -> dict[str, list[tuple[StageBytes, ...]]]:
     """Of every layout and full row what each stage allocates, without its memory; masks pick these shares of tokens."""
+    gc.freeze()
     gc.disable()
     found: dict[str, list[tuple[StageBytes, ...]]] = {}
     for layout, of_layout in shares.items():

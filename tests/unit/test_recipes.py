@@ -10,7 +10,7 @@ import pytest
 from megatron_cppo.config import Config
 from megatron_cppo.plan import Plan
 from tests.published_models import PUBLISHED
-from tools.sizing_table import RECIPES, ROOT, recipe_plan
+from tools.sizing_table import PAGE, RECIPES, ROOT, recipe_plan
 
 
 @pytest.fixture(params=RECIPES)
@@ -30,6 +30,16 @@ def test_every_recipe_has_a_plan(recipe: tuple[str, Config, Plan]) -> None:
     said = ast.get_docstring(ast.parse((ROOT / "examples" / f"{name}.py").read_text())) or ""
     assert layout.replace("TP1 x ", "").replace("PP1 x ", "") in said
     assert f"{plan.num_ranks} H100" in said
+
+
+def test_what_a_recipe_says_of_memory_is_in_the_table(recipe: tuple[str, Config, Plan]) -> None:
+    """The table is made by a command; a docstring is not."""
+    name, *_ = recipe
+    said = ast.get_docstring(ast.parse((ROOT / "examples" / f"{name}.py").read_text())) or ""
+    (line,) = [line for line in PAGE.read_text().splitlines() if line.startswith(f"| [{name}]")]
+    _, _, _, _, update, rollouts, spare, seconds, _ = (cell.strip() for cell in line.split("|"))
+    assert f"update {update}, rollouts {rollouts}; {spare} to spare" in said
+    assert f"{seconds} s or more (estimate, not measured)" in said
 
 
 def test_what_the_paper_ran_is_what_the_recipes_run(recipe: tuple[str, Config, Plan]) -> None:
