@@ -47,10 +47,7 @@ def paper_config(
         algorithm=AlgorithmConfig(objective="cppo", beta=0.01, clip_low=0.2, clip_high=0.2),
         perception=PerceptionConfig(coefficient=0.01, temperature=0.1, top_fraction=0.5),
         rollout=RolloutConfig(engine="vllm", samples_per_prompt=5, max_response_tokens=4096, temperature=1.0),
-        vllm=VllmConfig(
-            tensor_parallel=engine_gpus,
-            arguments=("--gpu-memory-utilization", str(engine_share)),
-        ),
+        vllm=VllmConfig(tensor_parallel=engine_gpus, arguments=(f"gpu-memory-utilization={engine_share}",)),
         policy=policy,
         optimizer=OptimizerConfig(learning_rate=1e-6),
         trainer=TrainerConfig(

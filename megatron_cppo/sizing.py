@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_cppo import serving
 from megatron_cppo.config import Config
 from megatron_cppo.plan import Plan
+from megatron_cppo.precision import PRECISIONS
 
 GIB = 2**30
 
@@ -125,11 +127,8 @@ ASLEEP_GIB = 1.5
 """A sleeping vLLM's context, graphs and communicators."""
 ENGINE_WORKING_GIB = 4.0
 """Of vLLM's share: its context, graphs, and the activations of a prefill."""
-BUCKETS_GIB = 1.0
-"""Two of 512 MiB, for weights on their way to the engine."""
 ENOUGH_SPARE = 0.15
 """Below it the verdict is "tight": rows are not all alike, and drivers differ."""
-UTILIZATION = "--gpu-memory-utilization"
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,10 +193,10 @@ def _size(config: Config, plan: Plan, found: StageBytes, stage: int, stages: int
         f"NCCL, {num_communicators(config, plan)} communicators": COMMUNICATOR_GIB * num_communicators(config, plan),
         f"fragmentation, {FRAGMENTATION:.0%} of what is always there": FRAGMENTATION * always,
     }
-    if config.policy.precision.startswith("fp8"):
-        # Transformer Engine's 8-bit copies of the weights, as they are and transposed.
-        resident["copies in 8 bits"] = found.parameters / GIB
-    here = config.policy.device == "cuda" and config.rollout.engine == "vllm" and not config.vllm.addresses
+    if plan.memory.fp8_copies_gib:
+        # Transformer Engine's of the weights, as they are and transposed: together as many bytes as in bf16, at most.
+        resident["copies in FP8"] = (found.parameters - found.vision_parameters) / GIB
+    here = config.policy.device == "cuda" and plan.serving is not None and plan.serving.where == "colocated"
     update = activations | {f"fragmentation, {FRAGMENTATION:.0%} of it": FRAGMENTATION * sum(activations.values())}
     if here:
         update["engine, asleep"] = ASLEEP_GIB
@@ -225,26 +224,19 @@ def num_communicators(config: Config, plan: Plan) -> int:
 
 def _rollouts(config: Config, plan: Plan, gpu_gib: float) -> dict[str, float]:
     """A colocated vLLM server's share of one GPU: what it is told to take, however it divides it."""
-    weights = plan.num_parameters * 2 / config.vllm.tensor_parallel / GIB
-    whole = utilization(config) * gpu_gib
-    largest = plan.padded_vocab_size * plan.shape.hidden_size * 2 / GIB
+    assert plan.serving is not None, "there are no servers"
+    whole = serving.gpu_share(config) * gpu_gib
+    largest = plan.padded_vocab_size * plan.shape.hidden_size * PRECISIONS[config.policy.precision].num_bytes / GIB
     return {
-        "engine, awake: weights": weights,
-        "engine, awake: KV cache and the rest": max(0.0, whole - weights),
-        "weights on their way: two buckets, and the largest tensor whole": BUCKETS_GIB + 2 * largest,
+        "engine, awake: weights": plan.serving.weights_gib,
+        "engine, awake: KV cache and the rest": max(0.0, whole - plan.serving.weights_gib),
+        "weights on their way: two buckets, and the largest tensor whole": plan.serving.buckets_gib + largest,
     }
-
-
-def utilization(config: Config) -> float:
-    """Share of a GPU that a colocated server takes: vLLM's --gpu-memory-utilization."""
-    words = [word for argument in config.vllm.arguments for word in argument.replace("=", " ").split()]
-    return float(words[words.index(UTILIZATION) + 1]) if UTILIZATION in words[:-1] else 0.6
 
 
 def cache_tokens(config: Config, plan: Plan, gpu_gib: float) -> int:
     """Tokens that the KV cache of one colocated server holds at least, over its GPUs."""
-    shape, ranks = plan.shape, config.vllm.tensor_parallel
-    # A key/value head is on several GPUs where there are more GPUs than heads.
-    of_token = 2 * shape.num_layers * max(1, shape.num_kv_heads // ranks) * shape.head_size * 2
-    rest = utilization(config) * gpu_gib - plan.num_parameters * 2 / ranks / GIB - ENGINE_WORKING_GIB
-    return max(0, int(rest * GIB / of_token))
+    assert plan.serving is not None, "there are no servers"
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    rest = serving.gpu_share(config) * gpu_gib - plan.serving.weights_gib - ENGINE_WORKING_GIB
+    return max(0, int(rest / plan.serving.kv_gib_per_sequence * longest))

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from megatron_cppo.config import Config
 from megatron_cppo.plan import Plan
-from megatron_cppo.sizing import StageSize, cache_tokens, utilization
+from megatron_cppo.serving import gpu_share
+from megatron_cppo.sizing import StageSize, cache_tokens
 
 ASSUMPTIONS = {
     "rows": "rows are full, on the first stage of pictures, on the last of the longest answers; all samples are gated",
@@ -56,7 +57,7 @@ def _notes(config: Config, plan: Plan, sizes: Sequence[StageSize], gpu_gib: floa
         tokens = cache_tokens(config, plan, gpu_gib)
         longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
         lines.append(
-            f"a vLLM server takes {utilization(config):.0%} of each GPU: weights, and room for "
+            f"a vLLM server takes {gpu_share(config):.0%} of each GPU: weights, and room for "
             f"about {tokens:,} tokens, {tokens // longest} of the longest; asleep it holds neither"
         )
     shown = [name for name in ASSUMPTIONS if name != "experts" or plan.shape.num_experts]

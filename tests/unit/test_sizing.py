@@ -11,7 +11,7 @@ import pytest
 
 from examples.digits import make_model
 from megatron_cppo import config as configuration
-from megatron_cppo import sizing, train
+from megatron_cppo import serving, train
 from megatron_cppo.config import (
     Config,
     DataConfig,
@@ -67,13 +67,12 @@ def test_spare_is_of_the_fuller_phase() -> None:
     ("arguments", "share"),
     [
         ((), 0.6),
-        (("--gpu-memory-utilization", "0.35"), 0.35),
-        (("--gpu-memory-utilization=0.4",), 0.4),
-        (("--max-num-seqs 8", "--gpu-memory-utilization 0.5"), 0.5),
+        (("gpu-memory-utilization=0.35",), 0.35),
+        (("max-num-seqs=8", "gpu_memory_utilization=0.5"), 0.5),
     ],
 )
 def test_the_engines_share_is_what_its_command_line_says(arguments: tuple[str, ...], share: float) -> None:
-    assert sizing.utilization(Config(vllm=VllmConfig(arguments=arguments))) == share
+    assert serving.gpu_share(Config(vllm=VllmConfig(arguments=arguments))) == share
 
 
 @pytest.mark.parametrize(
