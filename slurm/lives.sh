@@ -24,6 +24,8 @@ prepare() { # FLAGS...: the commands, as arrays, and what all tasks have in thei
     --policy.tensor_parallel "$TENSOR_PARALLEL" --policy.pipeline_parallel "$PIPELINE_PARALLEL")
   [[ -z $EVALUATION_DATA ]] || flags+=(--data.evaluation "${evaluation[@]}")
   [[ -z $VLLM_PYTHON ]] || flags+=(--vllm.python "$VLLM_PYTHON")
+  # Servers on the trainer's own GPUs answer on their machine alone, unless there are several. All ask for a key.
+  ((ROLLOUT_NODES || train_nodes == 1)) || flags+=(--vllm.host 0.0.0.0)
   if ((ROLLOUT_NODES)); then
     flags+=(--rollout.engine vllm --vllm.tensor_parallel $((tasks / SERVERS_PER_NODE)))
     servers_at=(--vllm.addresses)

@@ -1,11 +1,11 @@
 #!/bin/bash
-# CPPO of Qwen2.5-VL-7B on 2 nodes of 8 H100: TP2 x DP8. From the root of the clone, with RECIPE, RUN_DIR, MODEL and
+# CPPO of Qwen2.5-VL-7B on 2 nodes of 8 H100: TP4 x DP4. From the root of the clone, with RUN_DIR, MODEL and
 # TRAIN_DATA in the environment:
 #
 #   bash slurm/train_cppo_7b.sh --check                            says what would run, and starts nothing
 #   sbatch -A ACCOUNT -p PARTITION slurm/train_cppo_7b.sh [--section.field VALUE ...]
 #
-# sbatch's own options override the lines below: with --nodes=4 there are 16 replicas. docs/slurm.md has the rest.
+# sbatch's own options override the lines below: with --nodes=4 there are eight replicas. docs/slurm.md has the rest.
 #SBATCH --job-name=cppo-7b
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -27,8 +27,8 @@ set -euo pipefail
 : "${TRAIN_DATA:?parquet files, separated by spaces}"
 : "${EVALUATION_DATA:=}"
 : "${ROOT:=${SLURM_SUBMIT_DIR:-$PWD}}" # of the clone
-: "${RECIPE:?a recipe for 7B: a .py with config(), or the config.json of a run}"
-: "${TENSOR_PARALLEL:=2}" "${PIPELINE_PARALLEL:=1}" # what is left of the nodes are replicas
+: "${RECIPE:=examples/qwen2_5_vl_7b.py}"
+: "${TENSOR_PARALLEL:=4}" "${PIPELINE_PARALLEL:=1}" # what is left of the nodes are replicas
 
 # How it is run: the Python of an environment, or of a pyxis container.
 : "${PYTHON:=python3}"

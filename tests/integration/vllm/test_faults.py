@@ -20,6 +20,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_cppo import config as configuration
+from megatron_cppo.rollout import weight_push
 from megatron_cppo.rollout.engine import EngineError
 from megatron_cppo.rollout.health import LOOK_SECONDS
 from megatron_cppo.rollout.server import ServerProcess
@@ -164,7 +166,11 @@ def lose_a_bucket(engine: VllmEngine, world: rig.World, caplog: pytest.LogCaptur
     told("a bucket of weights is lost", [line for line in lines if "is out" in line], samples, time.monotonic() - start)
 
 
-def test_a_server_that_answers_garbage_and_one_that_is_gone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_server_that_answers_garbage_and_one_that_is_gone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What a broadcast waits for a server that is well, and never came: two minutes.
+    monkeypatch.setattr(weight_push, "TIMEOUT", timedelta(seconds=20))
     world = rig.make_world(tmp_path)
     with found_server(world, world.folder / "model") as server:
         proxy = Proxy(f"http://127.0.0.1:{server.port}")
