@@ -90,7 +90,9 @@ class WeightPush:
         finally:
             if not complete:
                 self._abandon()
+                self._free()
         self._finish(version)
+        self._free()
 
     def _begin(self) -> EngineError | None:
         """Have the servers ready to load. What keeps the driver from it is returned: the others would wait for it."""
@@ -268,10 +270,9 @@ class WeightPush:
         for server in self._still_in():
             self.fleet.has(server, version)
         self.fleet.let_go()
-        self._free()
 
     def _free(self) -> None:
-        """Give memory of the GPU back to the policy until the next load; the servers have let go of it, too."""
+        """Give every rank's memory back to its policy until the next load; the servers have let go of it, too."""
         if self.transport == "ipc":
             self._buffers, self._met = None, ()
 
@@ -287,7 +288,6 @@ class WeightPush:
         self._all("/finish_weight_update", {"weight_version": self.fleet.label(-1)})
         for server in self._still_in():
             self.fleet.lacks(server)
-        self._free()
 
     def _break(self, why: str) -> None:
         """Give a broadcast up. It needs all of its servers: whose workers wait for bytes now, must be started again.
