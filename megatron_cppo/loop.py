@@ -301,25 +301,26 @@ def after(run: Run, step: int, batch: Batch, in_a_row: int) -> None:
     _finish_save(run, step, wait=False)
     leaves = not last and on_any_rank(run.log.watch.is_told_to_leave(), device=run.policy.trained.device, group=group)
     if last or leaves or _due(step, trainer.save_every_steps):
-        _save(run, step, {"skipped_in_a_row": in_a_row}, background=trainer.save_in_background and not (last or leaves))
+        _save(run, step, {"skipped_in_a_row": in_a_row}, leaves=leaves)
     if leaves:
         LOG.info("left after step %d of %d, as told; the same command goes on", step, trainer.num_steps)
         run.log.close("left")
         raise Left
 
 
-def _save(run: Run, step: int, progress: dict[str, Any], *, background: bool) -> None:
-    """Save a checkpoint, in the `background` while the run goes on."""
+def _save(run: Run, step: int, progress: dict[str, Any], *, leaves: bool) -> None:
+    """Save a checkpoint: while the run goes on, unless it is the last step's, or the run `leaves`."""
     trainer = run.config.trainer
+    ends = leaves or step == trainer.num_steps
     _finish_save(run, step, wait=True)
-    with _saves(run, step), run.log.phase("save", 1) as advance:
+    with _saves(run, step, leaves=leaves), run.log.phase("save", 1) as advance:
         run.policy.save(
             _checkpoints(run),
             at_step=step,
             progress=progress,
             keep=trainer.keep_checkpoints,
             keep_every=trainer.keep_every_steps,
-            background=background,
+            background=trainer.save_in_background and not ends,
         )
         advance(1)
 
@@ -339,8 +340,8 @@ def _finish_save(run: Run, now: int, *, wait: bool) -> None:
 
 
 @contextmanager
-def _saves(run: Run, step: int, *, superseded: bool = False) -> Iterator[None]:
-    """A checkpoint that cannot be written ends the run, or is counted, as configured.
+def _saves(run: Run, step: int, *, superseded: bool = False, leaves: bool = False) -> Iterator[None]:
+    """A checkpoint that cannot be written ends the run, or is counted, as configured; that of a run that leaves ends it.
 
     After the last step it ends the run in any case, but not before the export, the run's result, was tried. One that is
     `superseded`, as the last step's comes right after it, is counted.
@@ -357,7 +358,7 @@ def _saves(run: Run, step: int, *, superseded: bool = False) -> Iterator[None]:
                 _export(run)
             except UserError as another:
                 raise UserError(f"{error}\n{another}") from another
-        if step == trainer.num_steps or trainer.on_save_failure == "stop":
+        if step == trainer.num_steps or leaves or trainer.on_save_failure == "stop":
             raise
         run.log.failure(step, "checkpoint", str(error))
 

@@ -40,7 +40,7 @@ tool=hf_to_megatron
 cores=${SLURM_CPUS_PER_TASK:-$(sed -n 's/^#SBATCH --cpus-per-task=//p' "$0")}
 words=("$PYTHON" -m "tools.$tool" "$SOURCE" "$TARGET" --workers "$cores")
 read -r -a options <<< "$SRUN_OPTIONS"
-step=(srun --chdir="$ROOT" --cpus-per-task="$cores" "${options[@]}")
+step=(srun --export=ALL --chdir="$ROOT" --cpus-per-task="$cores" "${options[@]}")
 [[ -z $CONTAINER_IMAGE ]] || step+=(--container-image="$CONTAINER_IMAGE" --container-mounts="$CONTAINER_MOUNTS"
   --container-workdir="$ROOT" --no-container-mount-home)
 
@@ -60,7 +60,7 @@ fi
 requeue() {
   ((life + 1 < MAX_LIVES)) || { say "this is life $MAX_LIVES of $MAX_LIVES: the time limit ends it"; return; }
   say "requeued before the time limit"
-  scontrol requeue "$SLURM_JOB_ID"
+  scontrol requeue "$SLURM_JOB_ID" || say "Slurm does not requeue this job: the time limit ends it"
 }
 trap requeue USR1
 say "$tool on $SLURM_JOB_NODELIST"

@@ -18,8 +18,9 @@ prepare() { # FLAGS...: the commands, as arrays, and what all tasks have in thei
   # Here, as a container has no scontrol.
   [[ -z ${SLURM_JOB_NODELIST:-} ]] || mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   export RUN_DIR MASTER_ADDR=${names[0]} MASTER_PORT=$((20000 + ${SLURM_JOB_ID:-0} % 10000))
-  export FIRST_STATUS=$RUN_DIR/.status-${SLURM_JOB_ID:-0}
-  read -r -a training <<< "$TRAIN_DATA" && read -r -a evaluation <<< "$EVALUATION_DATA"
+  export FIRST_STATUS=$RUN_DIR/.status-${SLURM_JOB_ID:-0}-$life
+  read -r -d '' -a training <<< "$TRAIN_DATA" || true # to the end, not of the line
+  read -r -d '' -a evaluation <<< "$EVALUATION_DATA" || true
   flags=(--model.path "$MODEL" --data.train "${training[@]}" --policy.device "$DEVICE"
     --policy.tensor_parallel "$TENSOR_PARALLEL" --policy.pipeline_parallel "$PIPELINE_PARALLEL")
   [[ -z $EVALUATION_DATA ]] || flags+=(--data.evaluation "${evaluation[@]}")
@@ -28,6 +29,7 @@ prepare() { # FLAGS...: the commands, as arrays, and what all tasks have in thei
   ((ROLLOUT_NODES || train_nodes == 1)) || flags+=(--vllm.host 0.0.0.0)
   if ((ROLLOUT_NODES)); then
     flags+=(--rollout.engine vllm --vllm.tensor_parallel $((tasks / SERVERS_PER_NODE)))
+    flags+=(--vllm.arguments gpu-memory-utilization=0.9) # nobody else is on their GPUs
     servers_at=(--vllm.addresses)
     for name in "${names[@]:train_nodes}"; do
       for ((port = 0; port < SERVERS_PER_NODE; port++)); do servers_at+=("http://$name:$((SERVER_PORT + port))"); done
@@ -38,8 +40,9 @@ prepare() { # FLAGS...: the commands, as arrays, and what all tasks have in thei
   words=("$PYTHON" -m megatron_cppo.train "$RECIPE" "${flags[@]}" "${servers_at[@]}"
     --trainer.num_gpus $((train_nodes * tasks)) --trainer.run_dir "$RUN_DIR" "$@")
 
-  read -r -a options <<< "$SRUN_OPTIONS"
-  step=(srun --chdir="$ROOT" --cpus-per-task="${SLURM_CPUS_PER_TASK:-$(asked cpus-per-task)}" "${options[@]}")
+  read -r -d '' -a options <<< "$SRUN_OPTIONS" || true
+  local cpus=${SLURM_CPUS_PER_TASK:-$(asked cpus-per-task)}
+  step=(srun --chdir="$ROOT" --export=ALL --cpus-per-task="$cpus" "${options[@]}")
   [[ -z $CONTAINER_IMAGE ]] || step+=(--container-image="$CONTAINER_IMAGE" --container-mounts="$CONTAINER_MOUNTS"
     --container-workdir="$ROOT" --no-container-mount-home)
   # One task a rank. Its numbers are expanded in it, not here; a signal to all processes must not end a shell, or a
@@ -53,7 +56,7 @@ prepare() { # FLAGS...: the commands, as arrays, and what all tasks have in thei
     --floor-gb-per-second "$PREFLIGHT_GB_PER_SECOND" --mebibytes "$PREFLIGHT_MEBIBYTES" --seconds "$PREFLIGHT_SECONDS"
     --nodes "${names[@]:0:train_nodes}")
   servers=("${step[@]}" --nodes="$ROLLOUT_NODES" --relative="$train_nodes" --ntasks-per-node=1 --ntasks="$ROLLOUT_NODES"
-    bash -c 'exec "$@" --trainer.run_dir "$RUN_DIR/servers/$SLURMD_NODENAME"' servers
+    --cpus-per-task=$((cpus * tasks)) bash -c 'exec "$@" --trainer.run_dir "$RUN_DIR/servers/$SLURMD_NODENAME"' servers
     "$PYTHON" -m tools.serve_rollouts "$RECIPE" --port "$SERVER_PORT" --servers "$SERVERS_PER_NODE"
     --images "$IMAGES_PER_PROMPT" "${flags[@]}" --vllm.host 0.0.0.0 "$@")
   train=("${ranks[@]}" "${words[@]}")
@@ -72,6 +75,13 @@ check() { # prints what would run; the status is that of the trainer's own check
   [[ -n ${SLURM_JOB_ID:-} || ! $CONTAINER_IMAGE ]] || { echo "is asked in the container: sbatch with --check"; return; }
   [[ -z ${SLURM_JOB_ID:-} ]] || where=("${step[@]}" --nodes=1 --ntasks=1)
   cd "$ROOT" && "${where[@]}" "${words[@]}" --check
+}
+
+first_status() { # OTHERWISE: of the first task of this life that failed; removes it
+  local found=$1
+  [[ ! -s $FIRST_STATUS ]] || found=$(< "$FIRST_STATUS")
+  rm -f "$FIRST_STATUS"
+  echo "$found"
 }
 
 newest_step() { # of the checkpoints that are whole; 0: there is none
@@ -94,8 +104,11 @@ next_life() { # STATUS, which the job ends with when there is none
   ((life + 1 < MAX_LIVES)) || end "$1" "this was life $MAX_LIVES of $MAX_LIVES: the end"
   end_if_stalled "$1"
   say "requeued"
-  scontrol requeue "$SLURM_JOB_ID" || end "$1" "Slurm does not requeue this job: submit it again"
-  sleep 600 # Slurm ends this life
+  for _ in {1..20}; do # a controller that many jobs ask at once may not answer
+    scontrol requeue "$SLURM_JOB_ID" && sleep 600 # Slurm ends this life
+    sleep 15
+  done
+  say "Slurm does not requeue this job: submit it again"
   exit "$1"
 }
 
@@ -103,37 +116,44 @@ on_time_limit() {
   told=yes
   [[ $trainer ]] || return 0
   say "asked to leave: the trainer finishes its step, and saves"
+  local ends # as Slurm does not requeue what the time limit ends: before it, saved or not
+  ends=$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s) || ends=0
   # srun passes it on to all processes of its step. Again, as one that only just starts may not have heard.
-  (while kill -USR2 "$trainer" 2> /dev/null; do sleep 5; done) &
+  (while kill -USR2 "$trainer" 2> /dev/null; do
+    ((!ends || $(date +%s) < ends - 60)) || { say "not saved in time"; scontrol requeue "$SLURM_JOB_ID" || true; }
+    sleep 5
+  done) &
 }
 
 live() { # [--check] FLAGS...
   local flags=() status=0 flag checks=""
   for flag in "$@"; do if [[ $flag == --check ]]; then checks=yes; else flags+=("$flag"); fi; done
+  trap on_time_limit USR1
   # shellcheck disable=SC1090
   [[ -z $SITE ]] || source "$SITE"
   prepare "${flags[@]}"
   [[ -z $checks ]] || { check; exit; }
-  trap on_time_limit USR1
   mkdir -p "$RUN_DIR" && touch "$RUN_DIR/lives.txt"
   say "nodes $SLURM_JOB_NODELIST, newest checkpoint: step $(newest_step)"
   [[ ! -e $RUN_DIR/FINISHED && ! -e $RUN_DIR/STOP ]] || end 0 "FINISHED or STOP is in $RUN_DIR: nothing to do"
   end_if_stalled 1 # lives that ended with their node said nothing
   echo "$SLURM_JOB_ID $life $(newest_step) $SLURM_JOB_NODELIST" >> "$RUN_DIR/lives.txt"
-  ((!PREFLIGHT)) || "${preflight[@]}" || end 3 "preflight failed, see above: no other life (sbatch --exclude=NODE)"
-  ((!ROLLOUT_NODES)) || "${servers[@]}" &
+  if ((PREFLIGHT)) && ! "${preflight[@]}"; then # 3: a node is bad. Else a node died in it, did not come, or srun failed
+    [[ $(first_status 1) != [23] ]] || end 3 "preflight failed, see above: no other life (sbatch --exclude=NODE)"
+    next_life 1
+  fi
   [[ -z $told ]] || next_life 75
-  rm -f "$FIRST_STATUS"
   "${train[@]}" &
   trainer=$!
+  [[ -z $told ]] || on_time_limit # which came while there was no trainer to tell
+  # Without servers the trainer would wait for them, and all GPUs with it.
+  ((!ROLLOUT_NODES)) || { "${servers[@]}" || true; say "the servers' step ended"; kill "$trainer" 2> /dev/null; } &
   while kill -0 "$trainer" 2> /dev/null; do wait "$trainer" || true; done # the trap ends a wait
   wait "$trainer" || status=$?
-  [[ $status == 0 || ! -s $FIRST_STATUS ]] || status=$(< "$FIRST_STATUS")
-  rm -f "$FIRST_STATUS"
-  case $status in
-    0) touch "$RUN_DIR/FINISHED" && end 0 "finished" ;;
-    2) end 2 "the trainer refuses this, see above: no other life" ;;
-  esac
+  ((!status)) || status=$(first_status "$status")
+  ((status)) || { touch "$RUN_DIR/FINISHED" && end 0 "finished"; }
+  # Later it is no mistake of the configuration: servers that are gone, a disk, a rank that another run's port kept out.
+  ((status != 2 || life || $(newest_step))) || end 2 "the trainer refuses this, see above: no other life"
   say "the trainer ended with status $status, the newest checkpoint is step $(newest_step)"
   next_life "$status"
 }

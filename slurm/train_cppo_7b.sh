@@ -14,8 +14,8 @@
 #SBATCH --mem=0
 #SBATCH --exclusive
 #SBATCH --time=12:00:00
-# Ten minutes before the end: longer than a step, an evaluation and a save.
-#SBATCH --signal=B:USR1@600
+# Half an hour before the end: longer than a step, an evaluation and a save, or than hang_minutes.
+#SBATCH --signal=B:USR1@1800
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out

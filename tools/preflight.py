@@ -3,7 +3,8 @@
     srun ... python tools/preflight.py --shared RUN_DIR --gpus 8 --floor-gb-per-second 50
 
 One process per rank, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as the trainer has them. Rank 0
-prints one line per problem, or one with what was measured. Exit status: 0 ready, 1 a node is not, 2 a wrong call.
+prints one line per problem, or one with what was measured. Exit status: 0 ready, 3 a node is not, 1 nobody can say (a
+rank did not come, or went), 2 a wrong call.
 
 1. every rank comes; every node has --gpus GPUs; driver, NCCL, Transformer Engine and others are the same everywhere
 2. a file that rank 0 writes into --shared is seen by all
@@ -41,6 +42,8 @@ CANARY_SECONDS = 10.0
 """A network file system may show so late that a folder has a new file."""
 REPEATS = 5
 PAIR_ROUNDS = 3
+BAD_NODE = 3
+"""Exit status: a node is not as it should be, and would not be in another life of the job either."""
 
 Pair = tuple[str, str]
 """Two nodes, or one node twice: measured alone."""
@@ -102,7 +105,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rank == 0:
         for line in bad:
             print(f"preflight: {line}", flush=True)
-    return 1 if bad else 0
+    if len(every) < world:
+        return 1
+    return BAD_NODE if bad else 0
 
 
 def meet(store: dist.TCPStore, chosen: argparse.Namespace, rank: int, world: int) -> tuple[list[Facts], list[str]]:

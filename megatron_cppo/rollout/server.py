@@ -6,6 +6,7 @@ the process and its log; what is asked of the server over HTTP is others' (`flee
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -161,7 +162,7 @@ class ServerProcess:
                     stdout=file,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
-                    preexec_fn=die_with_parent,
+                    preexec_fn=_on_all_cores,
                 )
         except OSError as error:
             raise EngineError(
@@ -205,6 +206,13 @@ class ServerProcess:
         except ProcessLookupError:
             return False
         return True
+
+
+def _on_all_cores() -> None:
+    """In a new server: a scheduler binds a rank to its share of the cores, and a server works for several ranks."""
+    die_with_parent()
+    with contextlib.suppress(OSError):  # what a container allows is the container's
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
 
 
 def free_port(host: str, wanted: int = 0) -> int:

@@ -82,7 +82,13 @@ def missing() -> str:
     if os.geteuid() != 0:
         return "a Slurm needs root, to make nodes of namespaces"
     absent = [program for program in PROGRAMS if shutil.which(program) is None]
-    return f"not installed: {', '.join(absent)}; tests/integration/slurm/install.sh does it" if absent else ""
+    if absent:
+        return f"not installed: {', '.join(absent)}; tests/integration/slurm/install.sh does it"
+    # A container's root may not be allowed what a cluster is made of.
+    made = f"ip link add {BRIDGE}x type bridge && mount -t tmpfs tmpfs /mnt && mknod /mnt/x c 1 3"
+    command = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "sh", "-c", made]
+    tried = subprocess.run(command, capture_output=True, text=True)
+    return f"namespaces cannot be made here: {tried.stderr.strip()}" if tried.returncode else ""
 
 
 @dataclass(slots=True)
