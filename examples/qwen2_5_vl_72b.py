@@ -31,6 +31,6 @@ def config() -> Config:
             max_tokens_per_microbatch=16_384,
         ),
         engine_gpus=8,
-        engine_share=0.35,
+        engine_share=0.31,
         updates_per_step=4,
     )

@@ -1,10 +1,10 @@
 """Qwen3-VL-235B-A22B (128 experts, eight a token) on ViRL39K.
 
-    python -m megatron_cppo.train examples/qwen3_vl_235b_a22b.py --vllm.addresses http://node17:8000 http://node18:8000
+    python -m megatron_cppo.train examples/qwen3_vl_235b_a22b.py --vllm.addresses http://node17:8000 ... http://node24:8000
 
-Hardware: 128 H100 (80 GB), sixteen machines, and others for the vLLM servers (tools/serve_rollouts.py): in bf16 a
-server of eight GPUs has 55 GiB of weights on each, which does not go beside the trainer. Rollouts are one step ahead,
-so that neither waits. Layout: TP4 x PP8 x DP4, EP16 over two machines, fewer layers on the first stage, which has the
+Hardware: 128 H100 (80 GB), sixteen machines, and eight for the vLLM servers (tools/serve_rollouts.py): in bf16 a
+server of eight GPUs has 55 GiB of weights on each, which does not go beside the trainer. Rollouts are one step ahead.
+Layout: TP4 x PP8 x DP4, EP16 over two machines, fewer layers on the first stage, which has the
 vision tower.
 GiB of a GPU: update 41.7–62.7, rollouts on other machines; 22% to spare (fake tensors and allowances, docs/sizing.md).
 A step: 132 s or more (estimate, not measured).
@@ -40,5 +40,5 @@ def config() -> Config:
     return replace(
         colocated,
         rollout=replace(colocated.rollout, max_staleness=1),
-        vllm=VllmConfig(addresses=("http://rollouts:8000",), tensor_parallel=8),
+        vllm=VllmConfig(addresses=tuple(f"http://node{number}:8000" for number in range(17, 25)), tensor_parallel=8),
     )

@@ -30,13 +30,14 @@ def bf16_ends(policy: PolicyConfig) -> tuple[int, int]:
     return (start, end) if recipe is not None and recipe.bf16_ends else (0, 0)
 
 
-def problems(config: Config, shape: ModelShape | None) -> list[str]:
-    """Everything in the config that FP8, or reduced optimizer state, does not go together with."""
+def problems(config: Config, shape: ModelShape | None, *, installed: bool) -> list[str]:
+    """Everything in the config that FP8, or reduced optimizer state, does not go together with; `installed` says
+    whether Transformer Engine is there."""
     policy, recipe = config.policy, PRECISIONS[config.policy.precision].recipe
-    found = _state_problems(config)
+    found = _state_problems(config, installed=installed)
     if policy.device == "cpu":  # which the layout's rules say computes in fp32
         return found
-    if recipe is not None and not transformer_engine_installed():
+    if recipe is not None and not installed:
         found.append(
             f"policy.precision: {policy.precision} is computed by Transformer Engine, which is not installed; "
             f"{_REMEDY}, or use bf16"
@@ -52,14 +53,14 @@ def transformer_engine_installed() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
 
 
-def _state_problems(config: Config) -> list[str]:
+def _state_problems(config: Config, *, installed: bool) -> list[str]:
     policy, optimizer, name = config.policy, config.optimizer, "optimizer.state_precision"
     if optimizer.state_precision == "fp32":
         return []
     found = []
     if policy.device == "cpu":
         found.append(f"{name}: bf16 is Transformer Engine's Adam, which needs a GPU; use fp32 with device cpu")
-    elif not transformer_engine_installed():
+    elif not installed:
         found.append(f"{name}: bf16 is Transformer Engine's Adam, which is not installed; {_REMEDY}, or use fp32")
     if not policy.distributed_optimizer:
         found.append(f"{name}: bf16 needs policy.distributed_optimizer; turn it on, or use fp32")

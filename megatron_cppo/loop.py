@@ -341,7 +341,7 @@ def _finish_save(run: Run, now: int, *, wait: bool) -> None:
 
 @contextmanager
 def _saves(run: Run, step: int, *, superseded: bool = False, leaves: bool = False) -> Iterator[None]:
-    """A checkpoint that cannot be written ends the run, or is counted, as configured; that of a run that leaves ends it.
+    """A checkpoint that cannot be written ends the run, or is counted, as configured; one on leaving ends it.
 
     After the last step it ends the run in any case, but not before the export, the run's result, was tried. One that is
     `superseded`, as the last step's comes right after it, is counted.

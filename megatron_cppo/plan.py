@@ -92,8 +92,8 @@ class Plan:
 
 
 def resolve(config: Config, *, files: bool = True) -> Plan:
-    """Derive the plan of `config`. Raises one ConfigError that lists every problem; without `files` none of data files
-    and folders, which a plan does not depend on."""
+    """Derive the plan of `config`. Raises one ConfigError that lists every problem; without `files` none of data files,
+    folders and what is to be installed, on which a plan does not depend."""
     problems = type_problems(config)
     if problems:  # nothing can be compared
         raise ConfigError("\n".join(f"  {number}. {text}" for number, text in enumerate(problems, 1)))
@@ -103,7 +103,8 @@ def resolve(config: Config, *, files: bool = True) -> Plan:
     except ConfigError as error:
         problems.append(str(error))
     problems += layout.problems(config, shape) + _batch_problems(config) + bounds.problems(config)
-    problems += fp8.problems(config, shape) + serving.problems(config, shape)
+    problems += fp8.problems(config, shape, installed=not files or fp8.transformer_engine_installed())
+    problems += serving.problems(config, shape)
     if files:
         problems += _debug_problems(config) + _file_problems(config)
     if problems or shape is None:

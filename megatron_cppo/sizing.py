@@ -177,7 +177,7 @@ def _size(config: Config, plan: Plan, found: StageBytes, stage: int, stages: int
         "parameters": (found.parameters - found.vision_parameters) / GIB,
         "parameters of the vision tower": found.vision_parameters / GIB,
         "gradients": found.gradients / GIB,
-        "optimizer": found.optimizer / GIB,
+        "optimizer": found.optimizer * _state_share(config) / GIB,
         "reference": found.reference / GIB,
         "buffers for gathered sequences": found.buffers / GIB,
     }
@@ -194,13 +194,30 @@ def _size(config: Config, plan: Plan, found: StageBytes, stage: int, stages: int
         f"fragmentation, {FRAGMENTATION:.0%} of what is always there": FRAGMENTATION * always,
     }
     if plan.memory.fp8_copies_gib:
-        # Transformer Engine's of the weights, as they are and transposed: together as many bytes as in bf16, at most.
-        resident["copies in FP8"] = (found.parameters - found.vision_parameters) / GIB
+        # Of the stage that has most of them: Transformer Engine's, of the matrices as they are and transposed.
+        resident["copies in FP8"] = plan.memory.fp8_copies_gib
     here = config.policy.device == "cuda" and plan.serving is not None and plan.serving.where == "colocated"
     update = activations | {f"fragmentation, {FRAGMENTATION:.0%} of it": FRAGMENTATION * sum(activations.values())}
     if here:
         update["engine, asleep"] = ASLEEP_GIB
-    return StageSize(resident, update, _rollouts(config, plan, gpu_gib) if here else {}, peak.rows)
+    embedded = config.rollout.engine == "embedded" and config.algorithm.objective != "supervised"
+    rollouts = _rollouts(config, plan, gpu_gib) if here else _embedded(config, plan) if embedded else {}
+    return StageSize(resident, update, rollouts, peak.rows)
+
+
+def _state_share(config: Config) -> float:
+    """Of what the optimizer holds with moments in fp32, beside a master weight where parameters are in bf16."""
+    if config.optimizer.state_precision == "fp32":
+        return 1.0
+    return (4 + 2 + 2) / (4 + 4 + 4)
+
+
+def _embedded(config: Config, plan: Plan) -> dict[str, float]:
+    """Hugging Face's model, whole on every rank, and the keys and values of all that it decodes at once."""
+    shape, width = plan.shape, PRECISIONS[config.policy.precision].num_bytes
+    tokens = config.rollout.max_sequences * (config.data.max_prompt_tokens + config.rollout.max_response_tokens)
+    cache = 2 * shape.num_layers * shape.num_kv_heads * shape.head_size * tokens * width / GIB
+    return {"engine, embedded: weights": plan.num_parameters * width / GIB, "engine, embedded: KV cache": cache}
 
 
 def num_communicators(config: Config, plan: Plan) -> int:
@@ -209,14 +226,17 @@ def num_communicators(config: Config, plan: Plan) -> int:
     tensor, context, pipeline = policy.tensor_parallel, policy.context_parallel, policy.pipeline_parallel
     sizes = {
         "world": plan.num_ranks,
+        "all shards of the optimizer": plan.num_ranks if policy.distributed_optimizer else 1,
         "tensor": tensor,
         "context": context,
         "pipeline": pipeline,
         "data": data,
-        "data and context": data * context if context > 1 else 1,
-        "tensor and context": tensor * context if context > 1 else 1,
-        "model": tensor * pipeline if pipeline > 1 else 1,
+        # Megatron-Core makes groups of their own also of the same ranks.
+        "data and context": data * context,
+        "tensor and context": tensor * context,
+        "model": tensor * pipeline if not policy.distributed_optimizer else 1,
         "expert": policy.expert_parallel,
+        "tensor and expert": policy.expert_parallel if plan.shape.num_experts else 1,
         "expert's data": plan.num_ranks // pipeline // policy.expert_parallel if policy.expert_parallel > 1 else 1,
     }
     return sum(ranks > 1 for ranks in sizes.values())
@@ -226,10 +246,15 @@ def _rollouts(config: Config, plan: Plan, gpu_gib: float) -> dict[str, float]:
     """A colocated vLLM server's share of one GPU: what it is told to take, however it divides it."""
     assert plan.serving is not None, "there are no servers"
     whole = serving.gpu_share(config) * gpu_gib
-    largest = plan.padded_vocab_size * plan.shape.hidden_size * PRECISIONS[config.policy.precision].num_bytes / GIB
+    width = PRECISIONS[config.policy.precision].num_bytes
+    largest = plan.padded_vocab_size * plan.shape.hidden_size * width / GIB
     return {
         "engine, awake: weights": plan.serving.weights_gib,
         "engine, awake: KV cache and the rest": max(0.0, whole - plan.serving.weights_gib),
+        # Workers are given whole tensors, and keep those of a layer until all of it has come.
+        "engine, loading: a layer or the largest tensor, whole": max(
+            largest, max(1, plan.shape.num_experts) * plan.shape.expert_parameters * width / GIB
+        ),
         "weights on their way: two buckets, and the largest tensor whole": plan.serving.buckets_gib + largest,
     }
 

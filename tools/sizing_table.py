@@ -100,7 +100,7 @@ def estimated_seconds(config: Config, plan: Plan) -> float:
     training *= 1 + (policy.pipeline_parallel - 1) / max(1, math.ceil(rows))
     # The longest answer decides; a server's further answers come in waves of mean length.
     ranks = config.vllm.tensor_parallel
-    servers = max(1, plan.num_ranks // ranks)
+    servers = plan.serving.num_servers if plan.serving is not None else plan.num_ranks
     token = shape.num_parameters * 2 / ranks / (BANDWIDTH * READ_AT) + 1e-3 + (ranks > 1) * shape.num_layers * 2e-5
     waves = math.ceil(samples / servers / config.rollout.max_sequences)
     rollouts = token * (config.rollout.max_response_tokens + RESPONSE_TOKENS * (waves - 1))

@@ -68,10 +68,13 @@ def distinct_bytes(tensors: Iterable[Tensor], *, beside: Iterable[Tensor] = ()) 
 
 
 def _build(config: Config, plan: Plan, groups: Groups, pixels: Pixels) -> build.Trained:
-    # Of the device only the modules' choice of kernels depends, which are the caller's to stand in for.
-    policy = dataclasses.replace(config.policy, device="cpu")
+    # Of the device only the modules' choice of kernels depends, which are the caller's to stand in for. FP8 and moments
+    # in bf16 are Transformer Engine's: its copies, and the smaller moments, are the arithmetic's (`sizing`).
+    precision = "fp32" if config.policy.precision == "fp32" else "bf16"
+    policy = dataclasses.replace(config.policy, device="cpu", precision=precision)
     chunks = build.make_chunks(plan, model=config.model, policy=policy, pixels=pixels, groups=groups, device=CPU)
-    trained = build.make_trained(plan, chunks, policy=policy, optimizer=config.optimizer)
+    optimizer = dataclasses.replace(config.optimizer, state_precision="fp32")
+    trained = build.make_trained(plan, chunks, policy=policy, optimizer=optimizer)
     initialise_adam(trained)
     return trained
 

@@ -159,7 +159,7 @@ def _whole(binding: Binding, tensor: Tensor, model: VisionLanguageModel) -> Iter
     for hf_name, piece in zip(binding.hf_names, rule.split(tensor, shape), strict=True):
         whole = piece
         if rule.axis is not None and group.size() > 1:
-            whole = torch.cat(_tensors(piece, group), dim=rule.axis)
+            whole = _joined(piece, group, rule.axis)
         if rule.vocab:
             whole = whole[: shape.vocab_size]
         names = _names_over_experts(binding, hf_name, model)
@@ -174,6 +174,15 @@ def _names_over_experts(binding: Binding, hf_name: str, model: VisionLanguageMod
     share = model.shape.num_experts // expert.size()
     before, number, after = re.split(r"(?<=\.experts\.)(\d+)", hf_name)
     return [f"{before}{rank * share + int(number) % share}{after}" for rank in range(expert.size())]
+
+
+def _joined(mine: Tensor, group: dist.ProcessGroup, axis: int) -> Tensor:
+    """All ranks' pieces, one behind the other; along the first axis, which the largest have, they are there once."""
+    if axis:
+        return torch.cat(_tensors(mine, group), dim=axis)
+    whole = mine.new_empty((group.size() * len(mine), *mine.shape[1:]))
+    dist.all_gather_into_tensor(whole, mine.contiguous(), group=group)
+    return whole
 
 
 def _tensors(mine: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
