@@ -3,7 +3,7 @@
     python -m megatron_cppo.train examples/qwen2_5_vl_3b.py --vllm.python /path/to/vllm-env/bin/python
 
 Hardware: 8 H100 (80 GB), one machine. Layout: DP8; each GPU has a whole model, and a vLLM server beside it.
-GiB of a GPU: update 48.8, rollouts 66.3; 17% to spare (fake tensors and allowances, docs/sizing.md).
+GiB of a GPU: update 49.1, rollouts 67.1; 16% to spare (fake tensors and allowances, docs/sizing.md).
 A step: 76 s or more (estimate, not measured).
 """
 

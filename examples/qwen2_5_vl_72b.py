@@ -5,7 +5,7 @@
 
 Hardware: 128 H100 (80 GB), sixteen machines. Layout: TP8 x PP4 x DP4, fewer layers on the first stage, which has the
 vision tower; sixteen vLLM servers of eight GPUs. bf16; `policy.precision` below is where another goes.
-GiB of a GPU: update 31.4–39.8, rollouts 62.0–66.6; 17% to spare (fake tensors and allowances, docs/sizing.md).
+GiB of a GPU: update 31.7–40.1, rollouts 61.4–66.0; 18% to spare (fake tensors and allowances, docs/sizing.md).
 A step: 125 s or more (estimate, not measured).
 The paper stops at 7B: its numbers are kept, but for four updates a step instead of eight, so that each has rows enough
 to fill the pipeline.

@@ -3,7 +3,7 @@
     python -m megatron_cppo.train examples/qwen2_5_vl_7b.py --vllm.python /path/to/vllm-env/bin/python
 
 Hardware: 8 H100 (80 GB), one machine. Layout: TP4 x DP2; four vLLM servers of two GPUs.
-GiB of a GPU: update 42.3, rollouts 64.3; 20% to spare (fake tensors and allowances, docs/sizing.md).
+GiB of a GPU: update 42.8, rollouts 65.7; 18% to spare (fake tensors and allowances, docs/sizing.md).
 A step: 150 s or more (estimate, not measured).
 """
 

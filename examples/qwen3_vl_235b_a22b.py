@@ -6,8 +6,8 @@ Hardware: 128 H100 (80 GB), sixteen machines, and eight for the vLLM servers (to
 server of eight GPUs has 55 GiB of weights on each, which does not go beside the trainer. Rollouts are one step ahead.
 Layout: TP4 x PP8 x DP4, EP16 over two machines, fewer layers on the first stage, which has the
 vision tower.
-GiB of a GPU: update 41.7–62.7, rollouts on other machines; 22% to spare (fake tensors and allowances, docs/sizing.md).
-A step: 132 s or more (estimate, not measured).
+GiB of a GPU: update 42.2–63.2, rollouts on other machines; 21% to spare (fake tensors and allowances, docs/sizing.md).
+A step: 154 s or more (estimate, not measured).
 The paper has no such model: its numbers are kept, but for two updates a step instead of eight, so that each has rows
 enough to fill the pipeline.
 """

@@ -5,7 +5,7 @@
 
 Hardware: 32 H100 (80 GB), four machines. Layout: TP4 x PP2 x DP4, EP8 within a machine, fewer layers on the first
 stage, which has the vision tower; eight vLLM servers of four GPUs.
-GiB of a GPU: update 34.0–40.8, rollouts 58.5–62.2; 22% to spare (fake tensors and allowances, docs/sizing.md).
+GiB of a GPU: update 34.4–41.3, rollouts 60.1–63.8; 20% to spare (fake tensors and allowances, docs/sizing.md).
 A step: 76 s or more (estimate, not measured).
 The paper has no such model: its numbers are kept, but for four updates a step instead of eight, so that each has rows
 enough to fill the pipeline.

@@ -5,7 +5,7 @@
 
 Hardware: 32 H100 (80 GB), four machines. Layout: TP8 x PP2 x DP2, fewer layers on the first stage, which has the
 vision tower; four vLLM servers of eight GPUs.
-GiB of a GPU: update 36.6–41.9, rollouts 61.1–64.3; 20% to spare (fake tensors and allowances, docs/sizing.md).
+GiB of a GPU: update 36.9–42.2, rollouts 62.8–66.0; 17% to spare (fake tensors and allowances, docs/sizing.md).
 A step: 158 s or more (estimate, not measured).
 The paper stops at 7B: its numbers are kept, but for four updates a step instead of eight, so that each has rows enough
 to fill the pipeline.

@@ -3,7 +3,7 @@
     python -m megatron_cppo.train examples/qwen3_vl_8b.py --vllm.python /path/to/vllm-env/bin/python
 
 Hardware: 8 H100 (80 GB), one machine. Layout: TP4 x DP2; four vLLM servers of two GPUs.
-GiB of a GPU: update 43.1, rollouts 65.3; 18% to spare (fake tensors and allowances, docs/sizing.md).
+GiB of a GPU: update 43.5, rollouts 66.9; 16% to spare (fake tensors and allowances, docs/sizing.md).
 A step: 159 s or more (estimate, not measured).
 """
 
