@@ -7,8 +7,8 @@ overridden. --check prints the config, the plan and every problem, and starts no
 each stage will hold: the run's own code on fake tensors, for which a folder with the model's config.json is enough.
 Without a scheduler's RANK in the environment, all ranks are started on this machine. When a rank fails, all end, and
 why is the last that is printed; when they hang, every rank's stacks are; logs/ in the run folder keeps both.
-`kill -USR1` shows the stacks meanwhile; after `kill -USR2` the run saves at the end of its step and leaves with status
-75: the same command goes on from there.
+`kill -USR1` shows the stacks meanwhile; after `kill -USR2` the run saves at the end of its step, and
+leaves with status 75: the same command goes on from there.
 """
 
 from __future__ import annotations
