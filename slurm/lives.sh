@@ -134,6 +134,7 @@ live() { # [--check] FLAGS...
   prepare "${flags[@]}"
   [[ -z $checks ]] || { check; exit; }
   mkdir -p "$RUN_DIR" && touch "$RUN_DIR/lives.txt"
+  rm -f "$RUN_DIR/.status-$SLURM_JOB_ID-"* # of lives that ended with their node
   say "nodes $SLURM_JOB_NODELIST, newest checkpoint: step $(newest_step)"
   [[ ! -e $RUN_DIR/FINISHED && ! -e $RUN_DIR/STOP ]] || end 0 "FINISHED or STOP is in $RUN_DIR: nothing to do"
   end_if_stalled 1 # lives that ended with their node said nothing
