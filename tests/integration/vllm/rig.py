@@ -123,6 +123,15 @@ def engine(world: World, *, key: str = "") -> Iterator[VllmEngine]:
         made.close()
 
 
+def num_sampled(engine: VllmEngine, server: int = 0) -> float:
+    """How many tokens a server has sampled since it started, by its own count."""
+    assert engine.fleet is not None
+    fleet = engine.fleet
+    text = fleet.connection.wait(fleet.connection.reads(f"{fleet.servers[server].url}/metrics", seconds=10)) or ""
+    lines = [line for line in text.splitlines() if line.startswith("vllm:generation_tokens_total")]
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+
 def samples_of(groups: Sequence[Group]) -> list[Sample]:
     return [sample for group in groups for sample in group.samples]
 

@@ -149,8 +149,10 @@ def test_a_sync_does_not_wait_for_requests_that_are_on_their_way(
 
 def test_answers_that_are_cut_by_new_weights_go_on_under_them(world: rig.World, engine: VllmEngine) -> None:
     changed = world.weights(changed=0.2)
+    before = rig.num_sampled(engine)
     ticket = engine.submit(world.prompts, samples_per_prompt=4, temperature=1.0)
-    time.sleep(0.8)
+    while rig.num_sampled(engine) < before + 300:
+        time.sleep(0.02)
     load(engine, world, changed, version=1)
     samples = rig.samples_of(engine.collect(ticket))
     cut = [sample for sample in samples if sample.earlier]
