@@ -33,13 +33,14 @@ demo: $(STAMP)
 test test-all: export OMP_NUM_THREADS ?= 1
 # What needs programs beside this environment has a target of its own.
 OTHER_TIERS := --ignore=tests/integration/vllm --ignore=tests/integration/slurm
-# Two files at a time: most of a test of ranks is starting them. PYTEST_WORKERS= (nothing): one after the other.
+# Unit tests run two files at a time; the others start ranks of their own, and some time them. Status 5: none was chosen.
 PYTEST_WORKERS ?= -n 2 --dist loadfile
 test: $(STAMP)
-	$(BIN)/python -m pytest $(OTHER_TIERS) $(PYTEST_WORKERS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/unit $(PYTEST_WORKERS) $(PYTEST_ARGS) || [ $$? = 5 ]
+	$(BIN)/python -m pytest --ignore=tests/unit $(OTHER_TIERS) $(PYTEST_ARGS) || [ $$? = 5 ]
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest $(OTHER_TIERS) $(PYTEST_WORKERS) --slow $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(OTHER_TIERS) --slow $(PYTEST_ARGS)
 
 # vLLM pins its own torch and is only ever a server, so it has an environment of its own. What CUDA builds bring beside
 # it does not load next to a CPU build of torch.
