@@ -33,8 +33,8 @@ demo: $(STAMP)
 test test-all: export OMP_NUM_THREADS ?= 1
 # What needs programs beside this environment has a target of its own.
 OTHER_TIERS := --ignore=tests/integration/vllm --ignore=tests/integration/slurm
-# Unit tests run two files at a time; the others start ranks of their own, and some time them. Status 5: none was chosen.
-PYTEST_WORKERS ?= -n 2 --dist loadfile
+# PYTEST_WORKERS="-n 2 --dist loadfile" runs two files of unit tests at a time. Status 5 of pytest: none was chosen.
+PYTEST_WORKERS ?=
 test: $(STAMP)
 	$(BIN)/python -m pytest tests/unit $(PYTEST_WORKERS) $(PYTEST_ARGS) || [ $$? = 5 ]
 	$(BIN)/python -m pytest --ignore=tests/unit $(OTHER_TIERS) $(PYTEST_ARGS) || [ $$? = 5 ]
