@@ -9,6 +9,8 @@ import json
 import logging
 import math
 import os
+import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -335,6 +337,6 @@ def test_durations() -> None:
 
 def test_the_folder_says_how_it_was_made(tmp_path: Path) -> None:
     log_steps(tmp_path, 1, 1)
-    assert "pytest" in (tmp_path / "command.txt").read_text()
+    assert (tmp_path / "command.txt").read_text() == shlex.join(sys.orig_argv) + "\n"
     assert json.loads((tmp_path / "plan.json").read_text())["world_size"] == 4
     assert json.loads((tmp_path / "config.json").read_text())["trainer"]["run_dir"] == os.fspath(tmp_path)
