@@ -33,11 +33,13 @@ demo: $(STAMP)
 test test-all: export OMP_NUM_THREADS ?= 1
 # What needs programs beside this environment has a target of its own.
 OTHER_TIERS := --ignore=tests/integration/vllm --ignore=tests/integration/slurm
-# PYTEST_WORKERS="-n 2 --dist loadfile" runs two files of unit tests at a time. Status 5 of pytest: none was chosen.
-PYTEST_WORKERS ?=
+# Two files at a time, the long ones first; what must have the machine to itself comes after. Status 5 of pytest: none
+# was chosen. With --pdb: PYTEST_WORKERS= (one after the other).
+PYTEST_WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
+LONG_FIRST := tests/distributed tests/gpu tests/integration tests/unit
 test: $(STAMP)
-	$(BIN)/python -m pytest tests/unit $(PYTEST_WORKERS) $(PYTEST_ARGS) || [ $$? = 5 ]
-	$(BIN)/python -m pytest --ignore=tests/unit $(OTHER_TIERS) $(PYTEST_ARGS) || [ $$? = 5 ]
+	$(BIN)/python -m pytest $(LONG_FIRST) $(OTHER_TIERS) -m "not alone" $(PYTEST_WORKERS) $(PYTEST_ARGS) || [ $$? = 5 ]
+	$(BIN)/python -m pytest tests/distributed -m alone $(PYTEST_ARGS) || [ $$? = 5 ]
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest $(OTHER_TIERS) --slow $(PYTEST_ARGS)

@@ -13,7 +13,10 @@ import pytest
 from tests.distributed.kills import LAST, START, Chain, Target, kill_chain, kill_table, struck, uninterrupted
 from tests.distributed.tiny_run import REWARD, Launcher, write_recipe
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found in Linux's /proc")
+pytestmark = [
+    pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found in Linux's /proc"),
+    pytest.mark.alone,
+]
 
 SEED = 7
 # What is killed, and where; when exactly within the phase is drawn.
