@@ -43,6 +43,7 @@ IMPORTED_ONCE = [
     "transformers.models.qwen3_vl.modeling_qwen3_vl",
     "transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe",
 ]
+"""By the process that ranks are forked from. It may compute nothing: threads of torch do not survive a fork."""
 EXIT_SECONDS = 60.0
 """Ranks of a busy machine take their time to leave, after they have said what they found."""
 ECHO_SECONDS = 0.5
