@@ -104,10 +104,13 @@ next_life() { # STATUS, which the job ends with when there is none
   ((life + 1 < MAX_LIVES)) || end "$1" "this was life $MAX_LIVES of $MAX_LIVES: the end"
   end_if_stalled "$1"
   say "requeued"
+  sleep 600 & # one that begins while Slurm looks for what is to end would outlive the job
+  local end_of_life=$!
   for _ in {1..20}; do # a controller that many jobs ask at once may not answer
-    scontrol requeue "$SLURM_JOB_ID" && sleep 600 # Slurm ends this life
+    ! scontrol requeue "$SLURM_JOB_ID" || wait "$end_of_life" # Slurm ends this life
     sleep 15
   done
+  kill "$end_of_life" 2> /dev/null
   say "Slurm does not requeue this job: submit it again"
   exit "$1"
 }

@@ -195,7 +195,7 @@ def _strike(
     status = process.wait(END_SECONDS)
     assert status != 0, f"after {target} the command ended as if all were well"
     while alive(mark):
-        assert time.monotonic() - ended < END_SECONDS, f"after {target} these go on: {_commands(alive(mark))}"
+        assert time.monotonic() - ended < END_SECONDS, f"after {target} these go on: {commands(alive(mark))}"
         time.sleep(0.01)
     return Kill(
         target,
@@ -251,12 +251,12 @@ def alive(mark: str) -> dict[int, list[str]]:
     return found
 
 
-def _commands(ids: Iterable[int]) -> list[str]:
+def commands(ids: Iterable[int]) -> dict[int, str]:
     """The commands of processes, as far as they are still there."""
-    told = []
+    told = {}
     for number in ids:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            told.append(Path(f"/proc/{number}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+            told[number] = Path(f"/proc/{number}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     return told
 
 

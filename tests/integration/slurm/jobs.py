@@ -10,13 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.distributed.kills import MARK, alive
+from tests.distributed.kills import MARK, alive, commands
 from tests.integration.slurm.cluster import WAIT_SECONDS, Cluster
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "slurm" / "train_cppo_72b.sh"
 # The script's defaults are those of 128 GPUs.
 SMALL = ("--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=2")
+LEAVING_SECONDS = 60.0
+"""After a job's end; Slurm itself gives up on a step after 20."""
 FLAGS = ("--trainer.evaluation_rows", "4", "--trainer.evaluation_samples", "1")
 
 
@@ -44,13 +46,15 @@ class Job:
     def end(self) -> tuple[str, int]:
         """(state, exit status), once all processes are gone too."""
         ended = self.cluster.wait(self.number)
-        self.until(lambda: not alive(self.mark), "processes are left")
+        self.until(lambda: not alive(self.mark), "processes are left", LEAVING_SECONDS)
         return ended
 
-    def until(self, condition: Callable[[], bool], otherwise: str) -> None:
-        deadline = time.monotonic() + WAIT_SECONDS
+    def until(self, condition: Callable[[], bool], otherwise: str, seconds: float = WAIT_SECONDS) -> None:
+        deadline = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < deadline, f"{otherwise}:\n{self.said}"
+            if time.monotonic() > deadline:
+                going = "\n".join(f"{pid}: {command}" for pid, command in commands(alive(self.mark)).items())
+                raise AssertionError(f"{otherwise}:\n{self.said}\nits processes:\n{going}")
             time.sleep(0.05)
 
     def until_step(self, step: int) -> None:

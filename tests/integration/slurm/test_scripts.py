@@ -6,11 +6,15 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
+import time
+import uuid
 from pathlib import Path
 
 import pytest
 
+from tests.distributed.kills import MARK, alive, commands
 from tests.integration.slurm.cluster import Cluster
 from tests.integration.slurm.jobs import ROOT, SCRIPT, SMALL, Jobs
 
@@ -31,6 +35,32 @@ def test_a_missing_variable_is_named(script: Path) -> None:
     done = subprocess.run(["bash", script, "--check"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode != 0
     assert "MODEL: the Hugging Face folder to start from" in done.stderr
+
+
+REQUEUED = """
+source slurm/lives.sh
+scontrol() { # as Slurm ends a life: the processes that it finds, a little later
+  local found; found=$(jobs -p)
+  (sleep 0.5; kill -TERM $$ $found) &
+}
+next_life 1
+"""
+
+
+def test_nothing_outlives_a_life_that_is_requeued(tmp_path: Path) -> None:
+    """Slurm without cgroups ends the processes that it finds; one that begins meanwhile is nobody's."""
+    mark = uuid.uuid4().hex
+    (tmp_path / "lives.txt").touch()
+    variables = {"PATH": os.environ["PATH"], MARK: mark, "RUN_DIR": str(tmp_path), "SLURM_JOB_ID": "1"}
+    variables |= {"MAX_LIVES": "9", "MAX_STALLED_LIVES": "9"}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", REQUEUED], cwd=ROOT, env=variables, stdout=subprocess.DEVNULL, timeout=60
+    )
+    assert done.returncode == -signal.SIGTERM
+    deadline = time.monotonic() + 10
+    while left := commands(alive(mark)):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(
