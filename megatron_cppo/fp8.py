@@ -15,6 +15,12 @@ from megatron_cppo.precision import PRECISIONS, Recipe
 BF16_RESOLUTION = 2**-8
 """A change by less than this share of a number may leave it as it was in bf16."""
 AT_START, AT_END = "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"
+PARAMETERS = "fp8_param"
+"""Megatron-Core's name: matrices of the decoder's layers are parameters in FP8, and gathered as such."""
+_NO_PARAMETERS = {
+    "delayed": "its scales come from earlier passes, and are in no checkpoint",
+    "mxfp8": "Megatron-Core gathers its parameters through the gradients' memory",
+}
 _ATTENTION = ("fp8_dot_product_attention", "fp8_multi_head_attention")
 _REMEDY = "pip install 'transformer-engine[pytorch]'"
 
@@ -24,10 +30,19 @@ def bf16_ends(policy: PolicyConfig) -> tuple[int, int]:
 
     `policy.megatron_overrides` may say otherwise; what is no number counts as one here, and is a problem.
     """
-    given = {name: text for name, _, text in (pair.partition("=") for pair in policy.megatron_overrides)}
+    given = _given(policy)
     start, end = (int(text) if (text := given.get(name, "")).isdecimal() else 1 for name in (AT_START, AT_END))
     recipe = PRECISIONS[policy.precision].recipe
     return (start, end) if recipe is not None and recipe.bf16_ends else (0, 0)
+
+
+def parameters_in_fp8(policy: PolicyConfig) -> bool:
+    """Whether the matrices of the decoder's layers are kept in FP8 alone, beside their fp32 masters."""
+    return _given(policy).get(PARAMETERS, "").lower() == "true"
+
+
+def _given(policy: PolicyConfig) -> dict[str, str]:
+    return {name: text for name, _, text in (pair.partition("=") for pair in policy.megatron_overrides)}
 
 
 def problems(config: Config, shape: ModelShape | None, *, installed: bool) -> list[str]:
@@ -79,8 +94,8 @@ def _override_problems(policy: PolicyConfig, recipe: Recipe | None, shape: Model
     """Of Megatron-Core's fields that are about FP8; `policy/model.py` checks the others, and the names of all."""
     found, where = [], "policy.megatron_overrides"
     for name, _, text in (pair.partition("=") for pair in policy.megatron_overrides):
-        if name == "fp8_param":
-            found.append(f"{where}: fp8_param is not supported, parameters stay in bf16; leave it out")
+        if name == PARAMETERS:
+            found += _parameter_problems(policy, recipe, text)
         elif name in _ATTENTION:
             found.append(f"{where}: {name} is not supported, attention stays in bf16; leave it out")
         elif name not in (AT_START, AT_END):
@@ -103,6 +118,27 @@ def _override_problems(policy: PolicyConfig, recipe: Recipe | None, shape: Model
         found.append(
             f"policy.precision: {policy.precision} with {start} first and {end} last layers in bf16 leaves none of the "
             f"model's {shape.num_layers} in FP8; use bf16, or fewer by {where} {AT_START}=0 {AT_END}=0"
+        )
+    return found
+
+
+def _parameter_problems(policy: PolicyConfig, recipe: Recipe | None, text: str) -> list[str]:
+    """What parameters in FP8 do not go together with."""
+    where = f"policy.megatron_overrides: {PARAMETERS}"
+    if text.lower() == "false":
+        return []
+    if text.lower() != "true":
+        return [f"{where} must be true or false, got {text!r}; write {PARAMETERS}=true"]
+    if recipe is None:
+        return [f"{where} is about FP8, but policy.precision is {policy.precision}; leave it out"]
+    found = []
+    if recipe.name in _NO_PARAMETERS:
+        reason = _NO_PARAMETERS[recipe.name]
+        found.append(f"{where} with {policy.precision}: {reason}; leave it out, or use fp8_blockwise or fp8_tensorwise")
+    if not policy.distributed_optimizer:
+        found.append(
+            f"{where} needs policy.distributed_optimizer, whose masters have what FP8 has not; turn it on, or leave "
+            f"{PARAMETERS} out"
         )
     return found
 

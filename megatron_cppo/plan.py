@@ -27,7 +27,8 @@ PARQUET = b"PAR1"
 class Memory:
     """GiB per rank, of the stage with the most, that do not depend on the data.
 
-    `fp8_copies_gib`: Transformer Engine holds each matrix of the decoder's layers in FP8 too, and its transpose.
+    `fp8_copies_gib`: Transformer Engine holds each matrix of the decoder's layers in FP8 too, and its transpose. As
+    parameters in FP8 the two take the place of the one in bf16, of the same size.
     """
 
     weights_gib: float
@@ -180,6 +181,7 @@ def _memory(config: Config, shape: ModelShape, data_parallel: int, reference: bo
     held, trained, experts = _largest_stage(config, shape)
     precision = PRECISIONS[policy.precision]
     weights = held * precision.num_bytes / gib
+    copied = precision.recipe is not None and not fp8.parameters_in_fp8(policy)
     masters = 0 if precision.dtype == "float32" else 4
     main = masters + 2 * (4 if config.optimizer.state_precision == "fp32" else 2)
     copies = data_parallel * policy.context_parallel if policy.distributed_optimizer else 1
@@ -188,7 +190,7 @@ def _memory(config: Config, shape: ModelShape, data_parallel: int, reference: bo
     on_device = reference and policy.reference == "device"
     return Memory(
         weights_gib=weights,
-        fp8_copies_gib=2 * _decoder_matrices(config, shape) / gib if precision.recipe else 0.0,
+        fp8_copies_gib=2 * _decoder_matrices(config, shape) / gib if copied else 0.0,
         gradients_gib=trained * 4 / gib,
         optimizer_gib=((trained - experts) / copies + experts / expert_copies) * main / gib,
         reference_device_gib=weights if on_device else 0.0,

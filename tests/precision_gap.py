@@ -146,7 +146,7 @@ def look(model: Path, data: Path, *, device: Device, precision: str) -> Seen:
     config = dataclasses.replace(config, optimizer=OptimizerConfig(learning_rate=0.0, max_grad_norm=0.0))
     with policy_of(config, precision) as (policy, plan, _):
         supervised = make_config(model, data, device=device, precision=planned, objective="supervised")
-        batch = plan_batch(config, plan, answers(_prompts(supervised)), score=False)
+        batch = plan_batch(config, plan, answers(prompts(supervised)), score=False)
         before = _copies(policy.weights())
         policy.update(batch)
         metrics = policy.update(batch)
@@ -165,7 +165,7 @@ def look(model: Path, data: Path, *, device: Device, precision: str) -> Seen:
     )
 
 
-def _prompts(supervised: Config) -> list[Prompt]:
+def prompts(supervised: Config) -> list[Prompt]:
     """Rows with their answers, of which training saw none."""
     from megatron_cppo.assembly import prompt_sources
 

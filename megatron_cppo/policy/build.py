@@ -129,6 +129,7 @@ def make_trained(
                 # The head's gradient never passes autograd (`policy/head.py`), which overlapping waits for.
                 overlap_grad_reduce=False,
                 use_distributed_optimizer=policy.distributed_optimizer,
+                fp8_param_gather=config.fp8_param,
             ),
             chunk,
             pg_collection=groups.collection,

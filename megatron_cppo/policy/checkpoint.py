@@ -37,6 +37,7 @@ from megatron_cppo.policy import held
 from megatron_cppo.policy.agreement import everywhere, together
 from megatron_cppo.policy.build import Trained
 from megatron_cppo.policy.groups import Groups
+from megatron_cppo.policy.quantized import is_quantized
 from megatron_cppo.policy.saving import BYTES_PER_PIECE, Piece, Saving, Written
 from megatron_cppo.storage import checkpoint_files as files
 from megatron_cppo.storage import durable, torch_dist
@@ -203,7 +204,9 @@ def load(trained: Trained, folder: Path, *, keep: int | None = None) -> dict[str
     stored = torch_dist.Folder(newest)
     with torch.no_grad():
         for item in held.items(trained):
-            _fill(item, stored)
+            if not item.derived:
+                _fill(item, stored)
+        _quantize(trained)
     common = torch.load(newest / torch_dist.COMMON, weights_only=True)
     trained.schedule.load_state_dict(common["schedule"])
     restore_adam_steps(trained)
@@ -222,6 +225,15 @@ def _fill(item: held.Item, stored: torch_dist.Folder) -> None:
     for piece in item.held.pieces(item.start, item.start + item.tensor.numel()):
         read = stored.read(item.key, offset=piece.offset, shape=piece.shape)
         item.tensor[piece.start - item.start : piece.stop - item.start].copy_(read.reshape(-1))
+
+
+def _quantize(trained: Trained) -> None:
+    """Make the parameters that are kept in FP8 of their master weights, as an update does."""
+    if any(is_quantized(parameter) for parameter in trained.parameters()):
+        for inner in held.inner_optimizers(trained):
+            inner._copy_main_params_to_model_params()
+        for chunk in trained.wrapped:
+            chunk.start_param_sync(force_sync=True)
 
 
 def _random_states() -> dict[str, Any]:

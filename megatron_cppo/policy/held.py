@@ -1,7 +1,8 @@
 """What this rank holds of the model and of Adam's state, and where it lies in a checkpoint's tensors.
 
 A checkpoint has one tensor of each parameter (layers and experts stacked), and three more of its master weight and
-moments, whatever the layout: each rank knows which rectangles of them are its own.
+moments, whatever the layout: each rank knows which rectangles of them are its own. Parameters that are kept in FP8 are
+in it as they would be in bf16, rounded from their master weights.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from megatron_cppo.policy import weights
 from megatron_cppo.policy.build import Trained
 from megatron_cppo.policy.groups import Groups
 from megatron_cppo.policy.model import VisionLanguageModel
+from megatron_cppo.policy.quantized import is_quantized
 from megatron_cppo.storage.rectangles import Held, Rows, share
 
 STATES = {"param": "fp32_param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
@@ -55,7 +57,8 @@ def held(binding: Binding, model: VisionLanguageModel) -> Held:
 class Item:
     """Numbers that this rank holds: all of a shard, or from `start` on; `tensor` is flat, and a view of them.
 
-    `writes`: the part [start, stop) of the shard that this rank is to write; other holders write the rest.
+    `writes`: the part [start, stop) of the shard that this rank is to write; other holders write the rest. `derived`:
+    made of a master weight to be written, where the model has FP8 numbers instead; not to be read.
     """
 
     held: Held
@@ -63,6 +66,7 @@ class Item:
     tensor: Tensor
     start: int
     writes: tuple[int, int]
+    derived: bool = False
 
 
 def items(trained: Trained) -> list[Item]:
@@ -75,7 +79,8 @@ def items(trained: Trained) -> list[Item]:
         # A tied head is a copy of the embedding, which the first stage writes.
         copy = trained.shape.tied and binding.rule.vocab and not first_stage
         part = (0, 0) if copy else _dealt(binding, number, groups)
-        found.append(Item(place, place.key, binding.parameter.data.view(-1), 0, part))
+        if not is_quantized(binding.parameter):  # its master weight is written instead
+            found.append(Item(place, place.key, binding.parameter.data.view(-1), 0, part))
     for number, (binding, place) in enumerate(zip(bound, places, strict=True)):
         copy = trained.shape.tied and binding.rule.vocab and not first_stage
         if binding.parameter.requires_grad:
@@ -123,6 +128,8 @@ def _states(trained: Trained, binding: Binding, place: Held, part: tuple[int, in
                 twice = copy or (binding.rule.axis is None and group.rank() > 0)
                 writes = (start, start) if twice else (start, start + tensor.numel())
             yield Item(place, f"optimizer.state.{STATES[name]}.{place.key}", tensor.view(-1), start, writes)
+            if name == "param" and is_quantized(binding.parameter):
+                yield Item(place, place.key, tensor.to(binding.parameter.dtype).view(-1), start, writes, derived=True)
 
 
 def _owned(inner: Any, parameter: nn.Parameter) -> tuple[int, dict[str, Tensor], bool] | None:

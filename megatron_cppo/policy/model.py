@@ -31,14 +31,14 @@ from megatron_cppo.families import towers
 from megatron_cppo.policy.attention import Deepstack, segments
 from megatron_cppo.policy.groups import Groups, expert_tensor_parallel
 from megatron_cppo.policy.layers import decoder_spec, rope_angles, where_rope_looks
+from megatron_cppo.policy.quantized import is_quantized
 from megatron_cppo.policy.split import Split
 from megatron_cppo.policy.vision import Encoder, Handover, Kept, Pixels
 from megatron_cppo.precision import PRECISIONS
 from megatron_cppo.types import MicroBatch
 
-_NOT_OVERRIDDEN = ("num_moe", "moe_", "mtp_", "fp4", "fp8_param")
-"""Losses and buffers of their own, which would be scaled by the cut of the rows, or be in no export; parameters that
-are not what weights are read from and written to."""
+_NOT_OVERRIDDEN = ("num_moe", "moe_", "mtp_", "fp4")
+"""Losses and buffers of their own, which would be scaled by the cut of the rows, or be in no export."""
 
 
 def _overrides(pairs: tuple[str, ...], taken: dict[str, Any]) -> dict[str, Any]:
@@ -207,7 +207,8 @@ class VisionLanguageModel(MegatronModule):
         )
         for parameter in self.parameters():
             # Parameters only: the towers' fp32 buffers (rotary frequencies) keep their precision.
-            parameter.data = parameter.data.to(device=device, dtype=config.params_dtype)
+            if not is_quantized(parameter):
+                parameter.data = parameter.data.to(device=device, dtype=config.params_dtype)
 
     def set_input_tensor(self, input_tensor: Tensor) -> None:
         """The hidden states of the previous stage (called by Megatron-Core's schedules)."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from megatron_cppo import families
 from megatron_cppo.config import ConfigError
 from megatron_cppo.families.rules import Binding, bind, whole_shapes
+from megatron_cppo.policy import quantized
 from megatron_cppo.policy.agreement import everywhere
 from megatron_cppo.policy.groups import Groups
 from megatron_cppo.policy.model import VisionLanguageModel
@@ -72,7 +73,7 @@ def load(chunks: Chunks, folder: str) -> None:
         _compare_names(set().union(*every), reader.names, folder)
         for binding in bound:
             try:
-                binding.parameter.data.copy_(_read_shard(binding, reader, chunks[0]))
+                quantized.fill(binding.parameter, _read_shard(binding, reader, chunks[0]))
             except ConfigError as error:
                 problems.append(str(error))
     found = sorted(set().union(*everywhere(set(problems), groups.world)))
@@ -114,12 +115,12 @@ def _read_shard(binding: Binding, reader: Reader, model: VisionLanguageModel) ->
 
 
 def stream(
-    chunks: Chunks, tensor_of: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter.data
+    chunks: Chunks, tensor_of: Callable[[nn.Parameter], Tensor] = quantized.values
 ) -> Iterator[tuple[str, Tensor]]:
     """Whole tensors under their Hugging Face names, one parameter at a time; the same on every rank.
 
     Communicates over TP, over EP, then over PP: stage after stage sends its tensors to the others. `tensor_of` chooses
-    what is streamed of a parameter (its data, or its gradient).
+    what is streamed of a parameter (what the model computes with, or its gradient).
     """
     groups, shape = chunks[0].groups, chunks[0].shape
     pipeline = groups.pipeline

@@ -88,7 +88,7 @@ def run_case(case: Case, world_size: int) -> Answer:
     storage_is_shared = False
     if reference is not None:
         mine = {parameter.data_ptr() for parameter in policy.trained.parameters()}
-        storage_is_shared = any(weight.data_ptr() in mine for weight in reference._weights)
+        storage_is_shared = any(tensor.data_ptr() in mine for weights in reference._weights for tensor in weights)
         with reference.active():
             reference_at_end = copies(policy.weights())
     answer = Answer(

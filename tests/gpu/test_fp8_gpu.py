@@ -83,6 +83,65 @@ def test_weights_are_streamed_in_bf16_as_they_were_loaded(recipe: str, seen: dic
     assert all(torch.equal(weights[name], tensor) for name, tensor in seen["base"].weights.items())
 
 
+@pytest.mark.parametrize("recipe", ["fp8_tensorwise", "fp8_blockwise"])
+def test_parameters_in_fp8(recipe: str, world: Path, seen: dict[str, Seen], tmp_path: Path) -> None:
+    """Masters are the folder's weights; what is streamed is FP8's; scoring the reference and a restore keep each byte.
+
+    tests/distributed/test_quantized.py holds the same of a stand-in for Transformer Engine's tensors, in more layouts.
+    """
+    from megatron_cppo.loop import plan_batch
+    from megatron_cppo.policy import held, quantized
+
+    if recipe not in seen:
+        pytest.skip(f"{torch.cuda.get_device_name()} does not compute in {recipe}")
+    base = precision_gap.make_config(world / "trained", world, device="cuda", precision=recipe, objective="grpo")
+    overrides = (*base.policy.megatron_overrides, "fp8_param=true")
+    config = dataclasses.replace(
+        base,
+        algorithm=dataclasses.replace(base.algorithm, beta=0.1),
+        policy=dataclasses.replace(base.policy, distributed_optimizer=True, megatron_overrides=overrides),
+    )
+    supervised = dataclasses.replace(config, algorithm=dataclasses.replace(config.algorithm, objective="supervised"))
+
+    def held_bytes() -> list[torch.Tensor]:
+        parameters = [p for p in policy.trained.parameters() if quantized.is_quantized(p)]
+        assert parameters, "nothing is in FP8"
+        return [tensor.clone() for parameter in parameters for tensor in quantized.stored(parameter)]
+
+    def alike(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> bool:
+        return all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+    def masters() -> dict[str, torch.Tensor]:
+        items = [item for item in held.items(policy.trained) if "fp32_param" in item.key]
+        return {f"{item.key} {item.held.index}": item.tensor.clone() for item in items}
+
+    with precision_gap.policy_of(config, recipe) as (policy, plan, _):
+        batch = plan_batch(config, plan, precision_gap.answers(precision_gap.prompts(supervised)), score=True)
+        for name, tensor in policy.weights():
+            exact = seen["base"].weights[name].cuda().float()
+            # Half a step of three bits, or of the smallest normal number; and bf16's rounding.
+            bound = torch.maximum(exact.abs() * (2**-4 + 2**-8), exact.abs().max() * 2**-10 / 448)
+            assert ((tensor.float() - exact).abs() <= bound).all(), name
+        assert all(torch.equal(tensor, tensor.bfloat16().float()) for tensor in masters().values())
+        loaded = held_bytes()
+        scored = policy.score(batch, old=True, reference=True)
+        assert alike(held_bytes(), loaded)
+        assert scored.old_logp is not None
+        assert scored.reference_logp is not None
+        assert all(torch.equal(a, b) for a, b in zip(scored.old_logp, scored.reference_logp, strict=True))
+        metrics = policy.update(scored)
+        assert metrics["optim/skipped_updates"] == 0.0
+        updated, exact_masters = held_bytes(), masters()
+        assert not alike(updated, loaded)
+        policy.save(tmp_path, at_step=1, progress={}, keep=1)
+    with precision_gap.policy_of(config, recipe) as (policy, _, _):
+        policy.restore(tmp_path)
+        assert alike(held_bytes(), updated)
+        found = masters()
+        assert found.keys() == exact_masters.keys()
+        assert all(torch.equal(found[key], tensor) for key, tensor in exact_masters.items())
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp8_tensorwise"])
 def test_moments_in_bf16_are_trained_saved_and_loaded(
     precision: str, world: Path, seen: dict[str, Seen], tmp_path: Path

@@ -6,6 +6,7 @@ answer changed.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -114,6 +115,15 @@ def test_what_the_plan_derives(precision: str, config: Config) -> None:
 
 
 @pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("precision", ["fp8_tensorwise", "fp8_blockwise"])
+def test_parameters_in_fp8_take_the_copies_place(precision: str, config: Config) -> None:
+    of = lambda text: changed(config, policy__precision=precision, policy__megatron_overrides=(f"fp8_param={text}",))  # noqa: E731
+    copied, kept = plan.resolve(of("false")).memory, plan.resolve(of("true")).memory
+    assert copied.fp8_copies_gib > 0.0
+    assert kept == dataclasses.replace(copied, fp8_copies_gib=0.0)
+
+
+@pytest.mark.usefixtures("installed")
 def test_state_in_bf16_is_four_bytes_less(config: Config) -> None:
     less = {"optimizer__state_precision": "bf16", "optimizer__betas": (0.9, 0.95), "trainer__num_gpus": 1}
     wanted = plan.resolve(changed(config, trainer__num_gpus=1)).memory.optimizer_gib
@@ -154,8 +164,27 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
         "num_layers_at_end_in_bf16=0",
     ),
     "parameters in FP8": (
-        {"policy__megatron_overrides": ("fp8_param=true",)},
-        "policy.megatron_overrides: fp8_param is not supported, parameters stay in bf16; leave it out",
+        {"policy__megatron_overrides": ("fp8_param=yes",)},
+        "policy.megatron_overrides: fp8_param must be true or false, got 'yes'; write fp8_param=true",
+    ),
+    "parameters without FP8": (
+        {"policy__precision": "bf16", "policy__megatron_overrides": ("fp8_param=true",)},
+        "policy.megatron_overrides: fp8_param is about FP8, but policy.precision is bf16; leave it out",
+    ),
+    "parameters with delayed scales": (
+        {"policy__precision": "fp8_delayed", "policy__megatron_overrides": ("fp8_param=true",)},
+        "policy.megatron_overrides: fp8_param with fp8_delayed: its scales come from earlier passes, and are in no "
+        "checkpoint; leave it out, or use fp8_blockwise or fp8_tensorwise",
+    ),
+    "parameters with mxfp8": (
+        {"policy__precision": "fp8_mxfp8", "policy__megatron_overrides": ("fp8_param=true",)},
+        "policy.megatron_overrides: fp8_param with fp8_mxfp8: Megatron-Core gathers its parameters through the "
+        "gradients' memory; leave it out, or use fp8_blockwise or fp8_tensorwise",
+    ),
+    "parameters without masters": (
+        {"policy__distributed_optimizer": False, "policy__megatron_overrides": ("fp8_param=true",)},
+        "policy.megatron_overrides: fp8_param needs policy.distributed_optimizer, whose masters have what FP8 has not; "
+        "turn it on, or leave fp8_param out",
     ),
     "attention in FP8": (
         {"policy__megatron_overrides": ("fp8_dot_product_attention=true",)},

@@ -90,11 +90,18 @@ def test_what_follows_from_the_precision_is_not_overridden(override: str, tmp_pa
         decoder_config(shape, precision="fp8_tensorwise", megatron_overrides=(override,))
 
 
-@pytest.mark.parametrize("override", ["fp8=hybrid", "fp8_param=true", "fp4=e2m1", "fp4_param=true"])
+@pytest.mark.parametrize("override", ["fp8=hybrid", "fp4=e2m1", "fp4_param=true"])
 def test_nothing_is_quantised_by_an_override(override: str, tmp_path: Path) -> None:
     shape = shape_of(tmp_path, "Qwen2.5-VL-7B-Instruct")
     with pytest.raises(ConfigError, match=r"policy\.megatron_overrides"):
         decoder_config(shape, precision="bf16", megatron_overrides=(override,))
+
+
+@pytest.mark.usefixtures("version")
+def test_parameters_in_fp8_are_asked_for_by_name(tmp_path: Path) -> None:
+    shape = shape_of(tmp_path, "Qwen2.5-VL-7B-Instruct")
+    asked: dict[str, Any] = {"precision": "fp8_blockwise", "megatron_overrides": ("fp8_param=true",)}
+    assert decoder_config(shape, **asked).fp8_param
 
 
 class Column: ...
