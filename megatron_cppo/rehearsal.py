@@ -45,7 +45,7 @@ def measure_stages(config: Config, plan: Plan, batches: tuple[Batch, ...] = ()) 
 
     stages, found = config.policy.pipeline_parallel, []
     known: dict[object, StageBytes] = {}
-    fullest, pixels = full_rows(config, plan), pixels_of(config, plan.shape)
+    fullest, pixels = full_rows(config, plan), pixels_of(config, plan)
     for stage in range(stages):
         # Stages between the first and the last hold the same where they have as many layers.
         like = (stage == 0, stage == stages - 1, plan.layers_per_chunk[stage::stages])
@@ -53,8 +53,8 @@ def measure_stages(config: Config, plan: Plan, batches: tuple[Batch, ...] = ()) 
             with warnings.catch_warnings(), fake.world(stage * plan.num_ranks // stages, plan.num_ranks):
                 warnings.simplefilter("ignore")
                 mine = groups.make(config.policy, seed=config.trainer.seed)
-                share = config.perception.top_fraction
-                with fake.tensors(gpu=config.policy.device == "cuda", top_fraction=share):
+                share, kernels = config.perception.top_fraction, config.policy.attention == "default"
+                with fake.tensors(gpu=config.policy.device == "cuda", kernels=kernels, top_fraction=share):
                     known[like] = measure(config, plan, batches or _where(fullest, stage, stages), mine, pixels)
         found.append(known[like])
     return tuple(found)
@@ -69,17 +69,24 @@ def _where(batches: tuple[Batch, ...], stage: int, stages: int) -> tuple[Batch, 
 
 def full_rows(config: Config, plan: Plan) -> tuple[Batch, ...]:
     """Two updates of one full row each: with as many pictures as it can hold, and with the longest answers."""
-    prompt = full_prompt(config, plan.shape)
-    room = plan.packing.max_tokens // plan.views_in_one_row - len(prompt.token_ids) + 1
+    prompt = full_prompt(config, plan)
+    room = _segment(plan) - len(prompt.token_ids) + 1
     lengths = (1, min(room, config.rollout.max_response_tokens))
     return tuple(
         _batch(config, plan, (_sample(prompt, row, tokens) for row in itertools.count())) for tokens in lengths
     )
 
 
-def full_prompt(config: Config, shape: ModelShape) -> Prompt:
+def _segment(plan: Plan) -> int:
+    """Tokens of the longest sample that a row holds under all views; longer ones are dropped, or the plan refuses."""
+    packing = plan.packing
+    return packing.max_tokens // plan.views_in_one_row // packing.segment_multiple * packing.segment_multiple
+
+
+def full_prompt(config: Config, plan: Plan) -> Prompt:
     """A prompt of the most tokens, of which pictures take all that a short question leaves."""
-    tokens, image = config.data.max_prompt_tokens, shape.image_token_id
+    shape, tokens = plan.shape, min(config.data.max_prompt_tokens, _segment(plan))
+    image = shape.image_token_id
     side = shape.vision.patch_size * shape.vision.merge_size
     most = max(1, config.model.max_pixels // side**2)
     room = max(1, tokens - min(TEXT_TOKENS, tokens // 4))
@@ -144,9 +151,9 @@ def _text(tokens: int) -> Prompt:
     return Prompt("train", 0, 0, "", "", "", (0,) * tokens, (places, places, places), tokens, (), ())
 
 
-def pixels_of(config: Config, shape: ModelShape) -> Callable[[ImageKey], Tensor]:
+def pixels_of(config: Config, plan: Plan) -> Callable[[ImageKey], Tensor]:
     """Patches of the pictures of `full_rows`."""
-    vision, grid = shape.vision, full_prompt(config, shape).grids[0]
+    vision, grid = plan.shape.vision, full_prompt(config, plan).grids[0]
 
     def pixels(_: ImageKey) -> Tensor:
         return torch.empty(grid.num_patches, 3 * vision.temporal_patch_size * vision.patch_size**2)

@@ -6,7 +6,8 @@ One process per rank, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_
 prints one line per problem, or one with what was measured. Exit status: 0 ready, 3 a node is not, 1 nobody can say (a
 rank did not come, or went), 2 a wrong call.
 
-1. every rank comes; every node has --gpus GPUs; driver, NCCL, Transformer Engine and others are the same everywhere
+1. every rank comes; every node has --gpus GPUs, and each rank's computes; driver, NCCL, Transformer Engine and others
+   are the same everywhere
 2. a file that rank 0 writes into --shared is seen by all
 3. all ranks reduce --mebibytes together, at --floor-gb-per-second of bus bandwidth or more. Below, nodes are measured
    alone and in pairs: a node that is slow with all its partners is the one.
@@ -42,6 +43,7 @@ CANARY_SECONDS = 10.0
 """A network file system may show so late that a folder has a new file."""
 REPEATS = 5
 PAIR_ROUNDS = 3
+AFTER_RANK_0_SECONDS = 5.0
 BAD_NODE = 3
 """Exit status: a node is not as it should be, and would not be in another life of the job either."""
 
@@ -53,7 +55,7 @@ Pair = tuple[str, str]
 class Facts:
     """What one rank saw. Example: Facts(rank=9, node="node02", gpus=8, versions={"NCCL": "2.27.3"}, sees_shared=True)
 
-    `gpus` is -1 where none are to be counted.
+    `gpus` is -1 where none are to be counted; `fault` is what the rank's own GPU said at its first use, "" if it works.
     """
 
     rank: int
@@ -61,6 +63,7 @@ class Facts:
     gpus: int
     versions: dict[str, str]
     sees_shared: bool
+    fault: str = ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,6 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rank == 0:
         for line in bad:
             print(f"preflight: {line}", flush=True)
+    if bad and rank != 0:
+        # A scheduler ends all tasks with the first, whose status may be on its own node's disk: let it be rank 0's.
+        time.sleep(AFTER_RANK_0_SECONDS)
     if len(every) < world:
         return 1
     return BAD_NODE if bad else 0
@@ -121,7 +127,14 @@ def meet(store: dist.TCPStore, chosen: argparse.Namespace, rank: int, world: int
     store.wait(["written"])
     canary = chosen.shared / f".preflight-{store.get('word').decode()}"
     try:
-        mine = Facts(rank, socket.gethostname(), count_gpus(chosen.device), versions(), sees(canary, store.get("word")))
+        mine = Facts(
+            rank=rank,
+            node=socket.gethostname(),
+            gpus=count_gpus(chosen.device),
+            versions=versions(),
+            sees_shared=sees(canary, store.get("word")),
+            fault=first_use(chosen.device),
+        )
         store.set(f"facts {rank}", json.dumps(dataclasses.asdict(mine)))
         if rank == 0:
             every, missing = gather(store, world, chosen.seconds)
@@ -167,6 +180,17 @@ def count_gpus(device: str) -> int:
     return torch.cuda.device_count() if device == "cuda" else -1
 
 
+def first_use(device: str) -> str:
+    """What is wrong with this rank's GPU (held by another process, not there, broken); "" where it adds one and one."""
+    if device == "cpu":
+        return ""
+    try:
+        one = torch.ones(()).to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+        return "" if float(one + one) == 2.0 else "1 + 1 is not 2"
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch that was built without CUDA
+        return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def versions() -> dict[str, str]:
     """What must be the same on all nodes; "absent" where it is not there."""
     found = {"Python": platform.python_version()}
@@ -184,6 +208,7 @@ def problems(every: Sequence[Facts], *, gpus: int, shared: str) -> list[str]:
     """One line for each node and problem; `gpus` of -1 are not counted."""
     nodes = {facts.node: facts for facts in reversed(every)}
     found = [f"{n}: sees {f.gpus} GPUs, needs {gpus}" for n, f in sorted(nodes.items()) if gpus not in (-1, f.gpus)]
+    found += [f"{facts.node}: rank {facts.rank}'s GPU: {facts.fault}" for facts in every if facts.fault]
     for name in next(iter(nodes.values())).versions if nodes else ():
         counts = Counter(facts.versions[name] for facts in nodes.values())
         usual = counts.most_common(1)[0][0]

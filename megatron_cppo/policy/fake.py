@@ -42,15 +42,16 @@ def world(rank: int, num_ranks: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def tensors(*, gpu: bool, top_fraction: float = 1.0) -> Iterator[None]:
+def tensors(*, gpu: bool, kernels: bool = True, top_fraction: float = 1.0) -> Iterator[None]:
     """Within this context floats are fake, and integers real. `gpu`: kernels keep and make what a GPU's do.
 
+    `kernels`: the decoder's attention is Transformer Engine's there; else PyTorch's, which is as it is on a CPU.
     `top_fraction`: that share of a row's tokens is what the perception mask picks.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(_RealBookkeeping())
-        stack.enter_context(_replaced(_values(top_fraction) | (_kernels() if gpu else {})))
+        stack.enter_context(_replaced(_values(top_fraction) | (_kernels(attention=kernels) if gpu else {})))
         yield
 
 
@@ -140,8 +141,9 @@ def _values(top_fraction: float) -> dict[tuple[Any, str], Any]:
     }
 
 
-def _kernels() -> dict[tuple[Any, str], Any]:
-    """What runs otherwise on a GPU: attention, norms, and the head's passes over a tile of logits."""
+def _kernels(*, attention: bool) -> dict[tuple[Any, str], Any]:
+    """What runs otherwise on a GPU: the decoder's `attention`, the tower's, norms, the head's passes over a tile of
+    logits."""
     from dataclasses import replace
 
     from megatron_cppo.algo import linear_products, linear_tiles, vocab_parallel
@@ -155,7 +157,7 @@ def _kernels() -> dict[tuple[Any, str], Any]:
     )
     backends = {name: replace(one, kernels=lambda _: head) for name, one in vocab_parallel.BACKENDS.items()}
     return {
-        (layers, "PackedAttention"): _Attention,
+        **({(layers, "PackedAttention"): _Attention} if attention else {}),
         (towers, "build"): _with_attention(towers.build),
         (nn.functional, "rms_norm"): lambda x, _, weight, eps: _Norm.apply(x, weight),
         (vocab_parallel, "BACKENDS"): backends,

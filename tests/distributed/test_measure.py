@@ -105,7 +105,7 @@ def _real(config: Config) -> dict[str, Any]:
     from megatron_cppo.policy.policy import Policy
 
     plan = plans.resolve(config, files=False)
-    policy = Policy(config, plan, pixels=pixels(rehearsal.pixels_of(config, plan.shape)), banned_ids=())
+    policy = Policy(config, plan, pixels=pixels(rehearsal.pixels_of(config, plan)), banned_ids=())
     trained = policy.trained
     initialise_adam(trained)
     gc.freeze()  # what is there need not be gone through again
@@ -136,7 +136,7 @@ def _real(config: Config) -> dict[str, Any]:
         "parameters": footprint.distinct_bytes([*parameters, *(b for c in trained.chunks for b in c.buffers())]),
         "gradients": footprint.distinct_bytes([p.main_grad for p in parameters]),  # type: ignore[attr-defined]
         "optimizer": footprint.distinct_bytes(states),
-        "reference": sum(p.nbytes for p in policy._reference._weights) if policy._reference else 0,
+        "reference": policy._reference.num_bytes if policy._reference else 0,
     }
     groups.destroy()
     return {**held, "rows": rows}

@@ -6,8 +6,9 @@ import dataclasses
 import itertools
 
 import pytest
+import torch
 
-from tools.preflight import Facts, name_of, pair_rounds, problems, slow
+from tools.preflight import Facts, first_use, name_of, pair_rounds, problems, slow
 
 NODES = ("node01", "node02", "node03", "node04")
 VERSIONS = {"driver": "570.86", "NCCL": "2.27.3"}
@@ -39,6 +40,17 @@ def test_equal_nodes_have_no_problem() -> None:
 )
 def test_a_node_that_differs_is_named_once(fields: dict[str, object], line: str) -> None:
     assert found(changed("node03", **fields)) == [line]
+
+
+def test_a_gpu_that_fails_is_named_with_its_rank_and_words() -> None:
+    every = [dataclasses.replace(facts, fault="out of memory") if facts.rank == 5 else facts for facts in FACTS]
+    assert found(every) == ["node03: rank 5's GPU: out of memory"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, and works")
+def test_what_is_no_gpu_says_why() -> None:
+    assert first_use("cuda") != ""
+    assert first_use("cpu") == ""
 
 
 def test_without_gpus_none_are_counted() -> None:

@@ -6,12 +6,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from examples.digits import make_model
 from megatron_cppo import config as configuration
-from megatron_cppo import serving, train
+from megatron_cppo import rehearsal, serving, train
 from megatron_cppo.config import (
     Config,
     DataConfig,
@@ -21,6 +22,7 @@ from megatron_cppo.config import (
     TrainerConfig,
     VllmConfig,
 )
+from megatron_cppo.plan import Plan, resolve
 from megatron_cppo.sizing import ChunkBytes, StageSize, events, schedule_peak
 
 CHUNK = ChunkBytes(forward_peak=120, kept=100, backward_peak=150, vision=40, received=0, sent=0)
@@ -61,6 +63,52 @@ def test_spare_is_of_the_fuller_phase() -> None:
     one = StageSize({"parameters": 40.0}, {"activations": 10.0}, {"engine": 24.0}, (1,))
     assert (one.update_gib, one.rollouts_gib, one.peak_gib) == (50.0, 64.0, 64.0)
     assert [one.verdict(gib) for gib in (60.0, 70.0, 80.0)] == ["does not fit", "tight", "fits"]
+
+
+def measured(folder: Path, **policy: Any) -> tuple[Config, Plan]:
+    """The demo's model on GPUs that nobody has."""
+    if not (folder / "config.json").exists():
+        make_model(folder, seed=3)
+    config = Config(
+        model=ModelConfig(path=str(folder)),
+        data=DataConfig(max_prompt_tokens=64),
+        rollout=RolloutConfig(max_response_tokens=24),
+        policy=PolicyConfig(precision="bf16", distributed_optimizer=False, **policy),
+        trainer=TrainerConfig(num_gpus=2, prompts_per_step=4),
+    )
+    return config, resolve(config, files=False)
+
+
+@pytest.mark.parametrize("context", [1, 2])
+@pytest.mark.parametrize("tokens", [150, 191, 192, 264, 1024])
+def test_the_fullest_row_has_a_sample_under_all_views(context: int, tokens: int, tmp_path: Path) -> None:
+    """Also where longer ones are dropped, and rows are cut over context ranks: the longest that is not."""
+    config, plan = measured(
+        tmp_path, context_parallel=context, max_tokens_per_microbatch=tokens, oversized_samples="drop"
+    )
+    for batch in rehearsal.full_rows(config, plan):
+        first, *_ = batch.samples
+        assert first.gated
+        length = plan.packing.segment_tokens(len(first.prompt.token_ids) + len(first.token_ids) - 1)
+        assert length * 3 <= plan.packing.max_tokens
+        (row,) = batch.updates[0].microbatches[0]
+        assert row.token_ids_T.numel() <= plan.packing.max_tokens
+    last = rehearsal.full_rows(config, plan)[1].samples[0]
+    whole = len(last.prompt.token_ids) == 64 and len(last.token_ids) == 24
+    length = len(last.prompt.token_ids) + len(last.token_ids) - 1
+    assert whole or plan.packing.segment_tokens(length + 1) * 3 > plan.packing.max_tokens, "a longer one fits too"
+
+
+def test_attention_is_measured_as_it_runs(tmp_path: Path) -> None:
+    """Transformer Engine's takes keys and values from rank to rank, PyTorch's gathers and keeps those of all."""
+    found = {}
+    for attention in ("default", "torch"):
+        config, plan = measured(tmp_path, context_parallel=2, max_tokens_per_microbatch=1024, attention=attention)
+        (stage,) = rehearsal.measure_stages(config, plan)
+        found[attention] = stage.chunks[0].kept
+    tokens, shape = 1024 // 2, plan.shape
+    gathered = shape.num_layers * 2 * tokens * shape.num_kv_heads * shape.head_size * 2
+    assert found["torch"] - found["default"] > gathered
 
 
 @pytest.mark.parametrize(

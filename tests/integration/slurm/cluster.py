@@ -2,22 +2,27 @@
 
 A node is a network, UTS, PID and mount namespace: it has an address, a host name, processes and a folder `local` of its
 own, and can be killed whole or be slow. Nothing of the machine's own Slurm, if it has one, is touched, and nothing is
-left. Knows nothing of what is submitted.
+left, however the session ends. One at a time: a second session waits. Knows nothing of what is submitted.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
+
+from megatron_cppo.ranks import die_with_parent
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "tc", "nsenter", "unshare", "gcc")
 SUBNET = "10.83.7"
@@ -100,10 +105,15 @@ class Cluster:
     cloud: int = 0
     plugin: Path | None = None
     _daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    _turn: TextIO | None = None
 
     def __enter__(self) -> Cluster:
         if len(str(self.folder)) > 80:
             raise ValueError(f"{self.folder} is too long for the path of a socket: choose one of 80 characters at most")
+        # Networks, addresses and ports have fixed names. The kernel opens the lock of a session that was killed.
+        self._turn = (Path(tempfile.gettempdir()) / f"{BRIDGE}.lock").open("w")
+        fcntl.flock(self._turn, fcntl.LOCK_EX)
+        self._clean()
         try:
             self._configure()
             self._start("munged", ["munged", "--foreground", "--force", *self._munge_options()])
@@ -179,8 +189,10 @@ class Cluster:
         link = ["nsenter", f"--net=/run/netns/{BRIDGE}-{node}", "tc", "qdisc"]
         shape = ["tbf", "rate", f"{megabits}mbit", "burst", "256kb", "latency", "50ms"]
         _run(*link, "add", "dev", "eth0", "root", *shape)
-        yield
-        _run(*link, "del", "dev", "eth0", "root")
+        try:
+            yield
+        finally:
+            _run(*link, "del", "dev", "eth0", "root")
 
     def log(self, daemon: str) -> str:
         """What a daemon wrote."""
@@ -219,7 +231,13 @@ class Cluster:
     def _start(self, daemon: str, command: list[str]) -> None:
         with (self.folder / f"{daemon}.log").open("ab") as log:
             self._daemons[daemon] = subprocess.Popen(
-                command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                command,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=die_with_parent,
             )
 
     def _up(self) -> int:
@@ -244,6 +262,12 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        self._clean()
+        if self._turn is not None:
+            self._turn.close()
+
+    def _clean(self) -> None:
+        """Take the networks away: this session's, or those of one that was killed."""
         for number in range(1, self.nodes + 1):
             subprocess.run(["ip", "link", "del", f"{BRIDGE}{number}"], stderr=subprocess.DEVNULL)
             subprocess.run(["ip", "netns", "del", f"{BRIDGE}-{name(number)}"], stderr=subprocess.DEVNULL)
