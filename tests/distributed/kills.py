@@ -235,7 +235,7 @@ def _kill(launcher: int, mark: str, victim: str) -> None:
         os.kill(launcher, signal.SIGKILL)
     else:
         wanted = f"RANK={victim.removeprefix('rank ')}"
-        ranks = [pid for pid, environment in alive(mark).items() if wanted in environment and _parent(pid) == launcher]
+        ranks = [pid for pid, environment in alive(mark).items() if wanted in environment and parent(pid) == launcher]
         assert len(ranks) == 1, f"{victim} of launcher {launcher}: {ranks}"
         os.kill(ranks[0], signal.SIGKILL)
 
@@ -260,7 +260,7 @@ def commands(ids: Iterable[int]) -> dict[int, str]:
     return told
 
 
-def _parent(pid: int) -> int:
+def parent(pid: int) -> int:
     return int(re.findall(r"PPid:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[0])
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.distributed.kills import MARK, alive, commands
+from tests.distributed.kills import MARK, alive, commands, parent
 from tests.integration.slurm.cluster import WAIT_SECONDS, Cluster
 
 ROOT = Path(__file__).parents[3]
@@ -75,7 +75,8 @@ class Job:
             for pid, environment in alive(self.mark).items()
             if f"RANK={number}" in environment and any(name.startswith("MEGATRON_CPPO_WATCH=") for name in environment)
         ]
-        return min(ours)  # its graders are younger
+        (found,) = (pid for pid in ours if parent(pid) not in ours)  # the others are its graders
+        return found
 
 
 @dataclass(frozen=True, slots=True)
