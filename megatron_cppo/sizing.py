@@ -196,13 +196,11 @@ def _size(config: Config, plan: Plan, found: StageBytes, stage: int, stages: int
     if plan.memory.fp8_copies_gib:
         # Of the stage that has most of them: Transformer Engine's, of the matrices as they are and transposed.
         resident["copies in FP8"] = plan.memory.fp8_copies_gib
-    here = config.policy.device == "cuda" and plan.serving is not None and plan.serving.where == "colocated"
+    where = plan.serving.where if config.policy.device == "cuda" and plan.serving is not None else ""
     update = activations | {f"fragmentation, {FRAGMENTATION:.0%} of it": FRAGMENTATION * sum(activations.values())}
-    if here:
+    if where == "colocated":
         update["engine, asleep"] = ASLEEP_GIB
-    embedded = config.rollout.engine == "embedded" and config.algorithm.objective != "supervised"
-    rollouts = _rollouts(config, plan, gpu_gib) if here else _embedded(config, plan) if embedded else {}
-    return StageSize(resident, update, rollouts, peak.rows)
+    return StageSize(resident, update, _rollouts(config, plan, where, stage, gpu_gib), peak.rows)
 
 
 def _state_share(config: Config) -> float:
@@ -210,6 +208,17 @@ def _state_share(config: Config) -> float:
     if config.optimizer.state_precision == "fp32":
         return 1.0
     return (4 + 2 + 2) / (4 + 4 + 4)
+
+
+def _rollouts(config: Config, plan: Plan, where: str, stage: int, gpu_gib: float) -> dict[str, float]:
+    """What comes while answers are sampled, and weights sent to servers that are `where`."""
+    if where == "colocated":
+        return _colocated(config, plan, gpu_gib)
+    if where == "separate":
+        return _separate(config, plan, stage)
+    if config.rollout.engine == "embedded" and config.algorithm.objective != "supervised":
+        return _embedded(config, plan)
+    return {}
 
 
 def _embedded(config: Config, plan: Plan) -> dict[str, float]:
@@ -242,12 +251,11 @@ def num_communicators(config: Config, plan: Plan) -> int:
     return sum(ranks > 1 for ranks in sizes.values())
 
 
-def _rollouts(config: Config, plan: Plan, gpu_gib: float) -> dict[str, float]:
+def _colocated(config: Config, plan: Plan, gpu_gib: float) -> dict[str, float]:
     """A colocated vLLM server's share of one GPU: what it is told to take, however it divides it."""
     assert plan.serving is not None, "there are no servers"
     whole = serving.gpu_share(config) * gpu_gib
-    width = PRECISIONS[config.policy.precision].num_bytes
-    largest = plan.padded_vocab_size * plan.shape.hidden_size * width / GIB
+    width, largest = PRECISIONS[config.policy.precision].num_bytes, _largest_gib(config, plan)
     return {
         "engine, awake: weights": plan.serving.weights_gib,
         "engine, awake: KV cache and the rest": max(0.0, whole - plan.serving.weights_gib),
@@ -257,6 +265,21 @@ def _rollouts(config: Config, plan: Plan, gpu_gib: float) -> dict[str, float]:
         ),
         "weights on their way: two buckets, and the largest tensor whole": plan.serving.buckets_gib + largest,
     }
+
+
+def _separate(config: Config, plan: Plan, stage: int) -> dict[str, float]:
+    """Weights on their way to servers elsewhere: all ranks see each tensor whole, and rank 0 fills the buckets."""
+    assert plan.serving is not None, "there are no servers"
+    largest = _largest_gib(config, plan)
+    if stage == 0 and plan.serving.transport == "nccl":
+        return {"weights on their way: two buckets, and the largest tensor whole": plan.serving.buckets_gib + largest}
+    return {"weights on their way: the largest tensor whole": largest}
+
+
+def _largest_gib(config: Config, plan: Plan) -> float:
+    """The embedding, or the head."""
+    width = PRECISIONS[config.policy.precision].num_bytes
+    return plan.padded_vocab_size * plan.shape.hidden_size * width / GIB
 
 
 def cache_tokens(config: Config, plan: Plan, gpu_gib: float) -> int:

@@ -61,21 +61,21 @@ def recipe_plan(name: str, folder: Path) -> tuple[Config, Plan]:
     return config, resolve(config, files=False)
 
 
-def row(name: str, config: Config, plan: Plan, sizes: tuple[StageSize, ...]) -> list[str]:
+def row(name: str, config: Config, plan: Plan, sizes: tuple[StageSize, ...], gpu_gib: float) -> list[str]:
     """A recipe's line of the table; of several stages the least and the most."""
     policy = config.policy
     axes = {"TP": policy.tensor_parallel, "PP": policy.pipeline_parallel, "DP": plan.data_parallel}
     layout = " × ".join(f"{axis}{ranks}" for axis, ranks in axes.items() if ranks > 1)
     if policy.expert_parallel > 1:
         layout += f", EP{policy.expert_parallel}"
-    rollouts = [one.rollouts_gib for one in sizes if one.rollouts]
+    elsewhere = plan.serving is not None and plan.serving.where == "separate"
     return [
         f"[{name}](../examples/{name}.py)",
         str(plan.num_ranks),
         layout,
         span([one.update_gib for one in sizes]),
-        span(rollouts) if rollouts else "on other machines",
-        f"{min(one.spare(GPU_GIB) for one in sizes):.0%}",
+        "on other machines" if elsewhere else span([one.rollouts_gib for one in sizes]),
+        f"{min(one.spare(gpu_gib) for one in sizes):.0%}",
         f"{estimated_seconds(config, plan):.0f}",
     ]
 
@@ -114,6 +114,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="*", choices=[*RECIPES, []], help="default: all, and the page is written")
     parser.add_argument("--json", type=Path, help="write every stage's bytes, a line for each recipe")
+    parser.add_argument("--gpu-gib", type=float, default=GPU_GIB, help=f"of another GPU (default {GPU_GIB:g})")
     given = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     logging.getLogger("megatron").setLevel(logging.ERROR)
@@ -122,15 +123,15 @@ def main(arguments: list[str]) -> int:
         for name in given.recipes or RECIPES:
             config, plan = recipe_plan(name, Path(folder))
             stages = measure_stages(config, plan)
-            sizes = size(config, plan, stages, gpu_gib=GPU_GIB)
-            fits = fits and all(one.verdict(GPU_GIB) == "fits" for one in sizes)
-            lines.append(row(name, config, plan, sizes))
+            sizes = size(config, plan, stages, gpu_gib=given.gpu_gib)
+            fits = fits and all(one.verdict(given.gpu_gib) == "fits" for one in sizes)
+            lines.append(row(name, config, plan, sizes, given.gpu_gib))
             print(" | ".join(lines[-1]), flush=True)
-            spare = [one.spare(GPU_GIB) for one in sizes]
+            spare = [one.spare(given.gpu_gib) for one in sizes]
             found.append({"recipe": name, "spare": spare, "stages": [dataclasses.asdict(stage) for stage in stages]})
     if given.json:
         given.json.write_text("".join(json.dumps(line) + "\n" for line in found))
-    if not given.recipes:
+    if not given.recipes and given.gpu_gib == GPU_GIB:
         table = [COLUMNS, ["---"] * len(COLUMNS), *lines]
         before, rest = PAGE.read_text().split(BEGIN)
         _, after = rest.split(END)

@@ -23,7 +23,7 @@ from megatron_cppo.config import (
     VllmConfig,
 )
 from megatron_cppo.plan import Plan, resolve
-from megatron_cppo.sizing import ChunkBytes, StageSize, events, schedule_peak
+from megatron_cppo.sizing import ChunkBytes, StageBytes, StageSize, events, schedule_peak, size
 
 CHUNK = ChunkBytes(forward_peak=120, kept=100, backward_peak=150, vision=40, received=0, sent=0)
 
@@ -109,6 +109,25 @@ def test_attention_is_measured_as_it_runs(tmp_path: Path) -> None:
     tokens, shape = 1024 // 2, plan.shape
     gathered = shape.num_layers * 2 * tokens * shape.num_kv_heads * shape.head_size * 2
     assert found["torch"] - found["default"] > gathered
+
+
+def test_weights_on_their_way_to_servers_elsewhere_take_room_on_the_first_stage(tmp_path: Path) -> None:
+    """Rank 0 fills buckets on its GPU; each rank sees the largest tensor whole."""
+    config, _ = measured(tmp_path, pipeline_parallel=2, layers_per_stage=(2, 1), max_tokens_per_microbatch=1024)
+    config = replace(
+        config,
+        rollout=replace(config.rollout, engine="vllm"),
+        vllm=VllmConfig(addresses=("http://node7:8000",)),
+    )
+    plan = resolve(config, files=False)
+    assert plan.serving is not None
+    assert (plan.serving.where, plan.serving.transport) == ("separate", "nccl")
+    nothing = StageBytes(0, 0, 0, 0, 0, 0, (CHUNK,), 0, 0.0)
+    first, last = size(config, plan, (nothing, nothing), gpu_gib=80.0)
+    largest = plan.padded_vocab_size * plan.shape.hidden_size * 2 / 2**30
+    assert sum(first.rollouts.values()) == pytest.approx(plan.serving.buckets_gib + largest)
+    assert sum(last.rollouts.values()) == pytest.approx(largest)
+    assert plan.serving.buckets_gib >= 1.0
 
 
 @pytest.mark.parametrize(
