@@ -6,11 +6,12 @@ the GPU itself computes in is seen by the ranks (`policy/platform.py`).
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 
 from megatron_cppo.architecture import ModelShape
 from megatron_cppo.config import Config, PolicyConfig
-from megatron_cppo.precision import PRECISIONS, Recipe
+from megatron_cppo.precision import PRECISIONS, Recipe, version
 
 BF16_RESOLUTION = 2**-8
 """A change by less than this share of a number may leave it as it was in bf16."""
@@ -21,6 +22,9 @@ _NO_PARAMETERS = {
     "delayed": "its scales come from earlier passes, and are in no checkpoint",
     "mxfp8": "Megatron-Core gathers its parameters through the gradients' memory",
 }
+PARAMETERS_SINCE = (2, 10)
+"""Transformer Engines before it have no `post_all_gather_processing`: a transpose that is made while the reference is
+there would stay in the policy's backward."""
 _ATTENTION = ("fp8_dot_product_attention", "fp8_multi_head_attention")
 _REMEDY = "pip install 'transformer-engine[pytorch]'"
 
@@ -51,7 +55,7 @@ def problems(config: Config, shape: ModelShape | None, *, installed: bool) -> li
     policy, recipe = config.policy, PRECISIONS[config.policy.precision].recipe
     found = _state_problems(config, installed=installed)
     if policy.device == "cpu":  # which the layout's rules say computes in fp32
-        return found
+        return [*found, *(_parameter_problems(policy, None, text) if (text := _given(policy).get(PARAMETERS)) else ())]
     if recipe is not None and not installed:
         found.append(
             f"policy.precision: {policy.precision} is computed by Transformer Engine, which is not installed; "
@@ -66,6 +70,14 @@ def problems(config: Config, shape: ModelShape | None, *, installed: bool) -> li
 def transformer_engine_installed() -> bool:
     """Whether it could be imported; it is not, as it takes seconds and a GPU's libraries."""
     return importlib.util.find_spec("transformer_engine") is not None
+
+
+def transformer_engine_version() -> str:
+    """Of the one that is installed; "" where none is."""
+    try:
+        return importlib.metadata.version("transformer-engine")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _state_problems(config: Config, *, installed: bool) -> list[str]:
@@ -131,7 +143,13 @@ def _parameter_problems(policy: PolicyConfig, recipe: Recipe | None, text: str) 
         return [f"{where} must be true or false, got {text!r}; write {PARAMETERS}=true"]
     if recipe is None:
         return [f"{where} is about FP8, but policy.precision is {policy.precision}; leave it out"]
-    found = []
+    found, there = [], transformer_engine_version()
+    if there and version(there) < PARAMETERS_SINCE:
+        least = ".".join(map(str, PARAMETERS_SINCE))
+        found.append(
+            f"{where} needs Transformer Engine {least} or newer, {there} is installed; "
+            f"pip install 'transformer-engine[pytorch]>={least}', or leave {PARAMETERS} out"
+        )
     if recipe.name in _NO_PARAMETERS:
         reason = _NO_PARAMETERS[recipe.name]
         found.append(f"{where} with {policy.precision}: {reason}; leave it out, or use fp8_blockwise or fp8_tensorwise")

@@ -17,6 +17,7 @@ from megatron_cppo.plan import Plan
 from megatron_cppo.policy import weights
 from megatron_cppo.policy.groups import Groups
 from megatron_cppo.policy.model import VisionLanguageModel, decoder_config
+from megatron_cppo.policy.quantized import forget_exact
 from megatron_cppo.policy.vision import Pixels
 
 with warnings.catch_warnings():
@@ -144,6 +145,8 @@ def make_trained(
         use_gloo_process_groups=False,
         pg_collection=groups.collection,
     )
+    for chunk in chunks:
+        forget_exact(chunk.parameters())
     schedule = OptimizerParamScheduler(
         stepper,
         init_lr=0.0,

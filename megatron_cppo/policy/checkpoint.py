@@ -169,7 +169,7 @@ def _pieces(trained: Trained) -> Iterator[Piece]:
     for item in held.items(trained):
         for piece in item.held.pieces(*item.writes):
             numbers = item.tensor[piece.start - item.start : piece.stop - item.start]
-            yield Piece(item.key, item.held.size, piece.offset, numbers.view(piece.shape))
+            yield Piece(item.key, item.held.size, piece.offset, numbers.view(piece.shape), item.rounded_to)
 
 
 def _save_error(final: Path, lines: Sequence[str]) -> SaveError:
@@ -204,7 +204,7 @@ def load(trained: Trained, folder: Path, *, keep: int | None = None) -> dict[str
     stored = torch_dist.Folder(newest)
     with torch.no_grad():
         for item in held.items(trained):
-            if not item.derived:
+            if item.rounded_to is None:
                 _fill(item, stored)
         _quantize(trained)
     common = torch.load(newest / torch_dist.COMMON, weights_only=True)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_cppo import fp8
 from megatron_cppo.algo.objective import Counts
 from megatron_cppo.config import Config
 from megatron_cppo.plan import Plan
@@ -71,7 +72,8 @@ def _build(config: Config, plan: Plan, groups: Groups, pixels: Pixels) -> build.
     # Of the device only the modules' choice of kernels depends, which are the caller's to stand in for. FP8 and moments
     # in bf16 are Transformer Engine's: its copies, and the smaller moments, are the arithmetic's (`sizing`).
     precision = "fp32" if config.policy.precision == "fp32" else "bf16"
-    policy = dataclasses.replace(config.policy, device="cpu", precision=precision)
+    overrides = tuple(o for o in config.policy.megatron_overrides if o.partition("=")[0] != fp8.PARAMETERS)
+    policy = dataclasses.replace(config.policy, device="cpu", precision=precision, megatron_overrides=overrides)
     chunks = build.make_chunks(plan, model=config.model, policy=policy, pixels=pixels, groups=groups, device=CPU)
     optimizer = dataclasses.replace(config.optimizer, state_precision="fp32")
     trained = build.make_trained(plan, chunks, policy=policy, optimizer=optimizer)

@@ -57,8 +57,8 @@ def held(binding: Binding, model: VisionLanguageModel) -> Held:
 class Item:
     """Numbers that this rank holds: all of a shard, or from `start` on; `tensor` is flat, and a view of them.
 
-    `writes`: the part [start, stop) of the shard that this rank is to write; other holders write the rest. `derived`:
-    made of a master weight to be written, where the model has FP8 numbers instead; not to be read.
+    `writes`: the part [start, stop) of the shard that this rank is to write; other holders write the rest.
+    `rounded_to`: a master weight, to be written as this type where the model has FP8 numbers instead; not to be read.
     """
 
     held: Held
@@ -66,7 +66,7 @@ class Item:
     tensor: Tensor
     start: int
     writes: tuple[int, int]
-    derived: bool = False
+    rounded_to: torch.dtype | None = None
 
 
 def items(trained: Trained) -> list[Item]:
@@ -129,7 +129,7 @@ def _states(trained: Trained, binding: Binding, place: Held, part: tuple[int, in
                 writes = (start, start) if twice else (start, start + tensor.numel())
             yield Item(place, f"optimizer.state.{STATES[name]}.{place.key}", tensor.view(-1), start, writes)
             if name == "param" and is_quantized(binding.parameter):
-                yield Item(place, place.key, tensor.to(binding.parameter.dtype).view(-1), start, writes, derived=True)
+                yield Item(place, place.key, tensor.view(-1), start, writes, rounded_to=binding.parameter.dtype)
 
 
 def _owned(inner: Any, parameter: nn.Parameter) -> tuple[int, dict[str, Tensor], bool] | None:

@@ -30,7 +30,7 @@ def fill(parameter: nn.Parameter, values: Tensor) -> None:
     if not is_quantized(parameter):
         parameter.data.copy_(values)
         return
-    exact = values.to(parameter.dtype)
+    exact = values.to(parameter.dtype).contiguous()
     with torch.no_grad():
         parameter.copy_(exact)
     refresh([parameter])
@@ -45,6 +45,13 @@ def fill(parameter: nn.Parameter, values: Tensor) -> None:
 
     made_of.get_high_precision_init_val = lambda: exact.cpu()
     made_of.clear_high_precision_init_val = forget
+
+
+def forget_exact(parameters: Iterable[Tensor]) -> None:
+    """Let go of what masters are made of, also of those that other ranks make."""
+    for parameter in parameters:
+        if is_quantized(parameter) and hasattr(parameter, "clear_high_precision_init_val"):
+            parameter.clear_high_precision_init_val()  # pyrefly: ignore[not-callable]
 
 
 def values(parameter: Tensor) -> Tensor:

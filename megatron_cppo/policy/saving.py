@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megatron_cppo.storage import torch_dist
@@ -28,12 +29,17 @@ BYTES_PER_PIECE = 4096
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A rectangle to write: of the tensor `key`, which is of `size` as a whole, at `offset`."""
+    """A rectangle to write, `rounded_to` a type if given: of the tensor `key`, of `size` as a whole, at `offset`."""
 
     key: str
     size: tuple[int, ...]
     offset: tuple[int, ...]
     tensor: Tensor
+    rounded_to: torch.dtype | None = None
+
+    def numbers(self) -> Tensor:
+        """As they are written; the tensor itself where nothing is rounded."""
+        return self.tensor if self.rounded_to is None else self.tensor.to(self.rounded_to)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +73,7 @@ class Saving:
         """Let the tensors change from now on: copy what is not written yet. Waits for at most one piece."""
         with self._lock:
             for number, piece in enumerate(self._pieces):
-                copy = piece.tensor.detach().to("cpu", copy=True)
+                copy = piece.numbers().detach().to("cpu", copy=piece.rounded_to is None)
                 self.copied_bytes += copy.nbytes
                 self._pieces[number] = Piece(piece.key, piece.size, piece.offset, copy)
 
@@ -93,5 +99,5 @@ class Saving:
             if not self._pieces:
                 return False
             piece = self._pieces.popleft()
-            file.add(piece.key, piece.tensor, size=piece.size, offset=piece.offset)
+            file.add(piece.key, piece.numbers(), size=piece.size, offset=piece.offset)
         return True

@@ -106,7 +106,8 @@ def test_parameters_in_fp8(recipe: str, world: Path, seen: dict[str, Seen], tmp_
     def held_bytes() -> list[torch.Tensor]:
         parameters = [p for p in policy.trained.parameters() if quantized.is_quantized(p)]
         assert parameters, "nothing is in FP8"
-        return [tensor.clone() for parameter in parameters for tensor in quantized.stored(parameter)]
+        # As bytes: scales in blocks are padded with what memory held.
+        return [t.clone().view(torch.uint8) for parameter in parameters for t in quantized.stored(parameter)]
 
     def alike(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> bool:
         return all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
@@ -119,8 +120,9 @@ def test_parameters_in_fp8(recipe: str, world: Path, seen: dict[str, Seen], tmp_
         batch = plan_batch(config, plan, precision_gap.answers(precision_gap.prompts(supervised)), score=True)
         for name, tensor in policy.weights():
             exact = seen["base"].weights[name].cuda().float()
-            # Half a step of three bits, or of the smallest normal number; and bf16's rounding.
-            bound = torch.maximum(exact.abs() * (2**-4 + 2**-8), exact.abs().max() * 2**-10 / 448)
+            # Half a step of three bits and bf16's rounding; or half of the smallest step, 2^-10 of the scale, which may
+            # be twice as large to be a power of two, and that of a matrix with larger numbers beside this one.
+            bound = exact.abs() * (2**-4 + 2**-8) + exact.abs().max() * 2**-7 / 448
             assert ((tensor.float() - exact).abs() <= bound).all(), name
         assert all(torch.equal(tensor, tensor.bfloat16().float()) for tensor in masters().values())
         loaded = held_bytes()
@@ -132,7 +134,7 @@ def test_parameters_in_fp8(recipe: str, world: Path, seen: dict[str, Seen], tmp_
         metrics = policy.update(scored)
         assert metrics["optim/skipped_updates"] == 0.0
         updated, exact_masters = held_bytes(), masters()
-        assert not alike(updated, loaded)
+        assert not alike(updated[::2], loaded[::2]), "the numbers are as they were"
         policy.save(tmp_path, at_step=1, progress={}, keep=1)
     with precision_gap.policy_of(config, recipe) as (policy, _, _):
         policy.restore(tmp_path)

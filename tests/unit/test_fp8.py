@@ -115,6 +115,23 @@ def test_what_the_plan_derives(precision: str, config: Config) -> None:
 
 
 @pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("there", ["2.9.0", "2.10.0", "2.11.0+abc"])
+def test_parameters_in_fp8_need_a_transformer_engine_that_makes_transposes_anew(
+    there: str, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fp8, "transformer_engine_version", lambda: there)
+    said = problems(changed(config, policy__megatron_overrides=("fp8_param=true",)))
+    assert said == (
+        [
+            "policy.megatron_overrides: fp8_param needs Transformer Engine 2.10 or newer, 2.9.0 is installed; "
+            "pip install 'transformer-engine[pytorch]>=2.10', or leave fp8_param out"
+        ]
+        if there == "2.9.0"
+        else []
+    )
+
+
+@pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize("precision", ["fp8_tensorwise", "fp8_blockwise"])
 def test_parameters_in_fp8_take_the_copies_place(precision: str, config: Config) -> None:
     of = lambda text: changed(config, policy__precision=precision, policy__megatron_overrides=(f"fp8_param={text}",))  # noqa: E731
@@ -180,6 +197,15 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
         {"policy__precision": "fp8_mxfp8", "policy__megatron_overrides": ("fp8_param=true",)},
         "policy.megatron_overrides: fp8_param with fp8_mxfp8: Megatron-Core gathers its parameters through the "
         "gradients' memory; leave it out, or use fp8_blockwise or fp8_tensorwise",
+    ),
+    "parameters on cpu": (
+        {
+            "policy__device": "cpu",
+            "policy__precision": "fp32",
+            "policy__distributed_optimizer": False,
+            "policy__megatron_overrides": ("fp8_param=true",),
+        },
+        "policy.megatron_overrides: fp8_param is about FP8, but policy.precision is fp32; leave it out",
     ),
     "parameters without masters": (
         {"policy__distributed_optimizer": False, "policy__megatron_overrides": ("fp8_param=true",)},

@@ -99,6 +99,22 @@ def test_the_fullest_row_has_a_sample_under_all_views(context: int, tokens: int,
     assert whole or plan.packing.segment_tokens(length + 1) * 3 > plan.packing.max_tokens, "a longer one fits too"
 
 
+def test_parameters_in_fp8_are_measured_as_in_bf16_of_which_they_have_the_size(tmp_path: Path) -> None:
+    """One byte for what is multiplied, and one for its transpose; copies beside them there are none."""
+    found = []
+    for overrides in ((), ("fp8_param=true",)):
+        config, _ = measured(tmp_path, max_tokens_per_microbatch=1024)
+        policy = replace(config.policy, precision="fp8_blockwise", distributed_optimizer=True)
+        config = replace(config, policy=replace(policy, megatron_overrides=overrides))
+        plan = resolve(config, files=False)
+        (one,) = size(config, plan, rehearsal.measure_stages(config, plan), gpu_gib=80.0)
+        found.append(one)
+    copied, kept = found
+    assert copied.resident.pop("copies in FP8") > 0
+    assert kept.resident == copied.resident
+    assert kept.update == copied.update
+
+
 def test_attention_is_measured_as_it_runs(tmp_path: Path) -> None:
     """Transformer Engine's takes keys and values from rank to rank, PyTorch's gathers and keeps those of all."""
     found = {}
