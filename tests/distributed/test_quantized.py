@@ -34,7 +34,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 PLACES = {"tensorwise": "device", "blockwise": "host"}
 EXPERTS = {"EP2"}
-"""Of a model with experts, which comes in stacks that are stored the other way round."""
+"""Of a model with experts."""
 
 
 @dataclass(frozen=True)
